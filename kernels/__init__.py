@@ -1,0 +1,23 @@
+"""The operations of a decoder, one file each: definition, kernels, launcher.
+
+Every file opens with the operation's formula, shapes, dtype contract and floor (bytes and operations), followed by
+`<op>_reference`, its definition in plain PyTorch. The definitions run anywhere torch runs, on any dtype: float64 gives
+the truth that every faster implementation is measured against. Nothing here imports another Tritium package.
+"""
+
+if __name__ == "kernels":
+    # The checkout's root is on sys.path, so this folder was found under a name that belongs to another distribution,
+    # one that `transformers` imports. Hand over to that distribution; without one, look like the empty namespace that
+    # importers know to ignore.
+    import importlib.util
+    import sys
+    from importlib.machinery import PathFinder
+    from pathlib import Path
+
+    _root = Path(__file__).resolve().parent.parent
+    _spec = PathFinder.find_spec(__name__, [entry for entry in sys.path if Path(entry or ".").resolve() != _root])
+    if _spec is not None and _spec.loader is not None:
+        sys.modules[__name__] = importlib.util.module_from_spec(_spec)
+        _spec.loader.exec_module(sys.modules[__name__])
+    else:
+        del __file__

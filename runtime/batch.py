@@ -1,0 +1,125 @@
+"""Ragged batches: how the tokens of several sequences lie packed one after another, without padding."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from ..kernels.qk_norm_rope import rope_rows
+from .errors import TritiumError
+from .kv_cache import KVCache
+from .rope import RotaryEmbedding
+
+
+@dataclass
+class Batch:
+    """One forward's tokens: rows (sequences) r hold tokens starts[r]:starts[r + 1] of the packed [T, ...] tensors."""
+
+    starts: Sequence[int]  # [rows + 1]
+    lengths: Sequence[int]  # [rows], keys of each row once this forward's are in, its own new ones included
+    positions: Tensor  # [T] int64
+    cache: KVCache | None = None
+    rows: Sequence[int] = ()  # the cache's rows that this batch's rows are, where there is a cache
+    slots: Tensor | None = None  # [T] int64, where each token's key and value go in the cache
+    is_fresh: bool = True  # no row has earlier keys
+    is_decode: bool = False  # every row brings exactly one token
+    _rope: dict[torch.dtype, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _bias: dict[int | None, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def fresh(cls, counts: Sequence[int], device: torch.device) -> "Batch":
+        """Whole sequences of `counts` tokens, no cache."""
+        positions = [torch.arange(count, device=device) for count in counts]
+        return cls(
+            starts=[0, *accumulate(counts)],
+            lengths=list(counts),
+            positions=torch.cat(positions) if positions else torch.zeros(0, dtype=torch.int64, device=device),
+        )
+
+    @classmethod
+    def appended(cls, cache: KVCache, rows: Sequence[int], counts: Sequence[int]) -> "Batch":
+        """`counts` new tokens for each of the cache's `rows`, behind what the cache holds of them already."""
+        before = [cache.lengths[row] for row in rows]
+        device = cache.device
+        if all(count == 1 for count in counts):
+            positions = torch.tensor(before, device=device)
+        else:
+            positions = torch.cat([torch.arange(b, b + c, device=device) for b, c in zip(before, counts, strict=True)])
+        return cls(
+            starts=[0, *accumulate(counts)],
+            lengths=[b + c for b, c in zip(before, counts, strict=True)],
+            positions=positions,
+            cache=cache,
+            rows=list(rows),
+            slots=cache.slots(rows, counts, positions),
+            is_fresh=not any(before),
+            is_decode=all(count == 1 for count in counts),
+        )
+
+    @property
+    def longest(self) -> int:
+        """Most keys of any row."""
+        return max(self.lengths)
+
+
+    def rope(self, rotary: RotaryEmbedding, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Full-width (cos, sin) rows [T, 1, D] for this batch's positions, computed once a forward."""
+        if dtype not in self._rope:
+            if self.lengths and self.longest > rotary.context_length:
+                raise TritiumError(
+                    f"{self.longest} positions exceed the context length of {rotary.context_length}"
+                )
+            self._rope[dtype] = rope_rows(*rotary.rows(self.positions, dtype))
+        return self._rope[dtype]
+
+    def decode_bias(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """[rows or 1, 1, L or 1]: 0 where a row's only query sees a key of the dense view, -inf where not."""
+        if window not in self._bias:
+            longest = self.longest
+            if window is None and min(self.lengths) == longest:
+                self._bias[window] = torch.zeros(1, 1, 1, dtype=dtype, device=self.positions.device)
+            else:
+                key = torch.arange(longest, device=self.positions.device)
+                query = self.positions.unsqueeze(1)
+                seen = key <= query if window is None else (key <= query) & (key > query - window)
+                bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+                self._bias[window] = bias.unsqueeze(1)
+        return self._bias[window]
+
+
+@dataclass
+class Padding:
+    """How a padded [B, S] input and its packed [T] form map onto each other."""
+
+    shape: tuple[int, int]
+    index: Tensor | None  # [T] flat places of the real tokens; None when nothing is padded
+    counts: Sequence[int]  # real tokens a row
+
+    @classmethod
+    def of(cls, like: Tensor, attention_mask: Tensor | None) -> "Padding":
+        """From an input [B, S, ...] and a mask [B, S] (true or 1 at real tokens; left, right or any padding)."""
+        batch, length = like.shape[:2]
+        if attention_mask is None:
+            return cls((batch, length), None, [length] * batch)
+        if tuple(attention_mask.shape) != (batch, length):
+            raise TritiumError(
+                f"attention_mask: must be [batch, length] = [{batch}, {length}], got {list(attention_mask.shape)}"
+            )
+        mask = attention_mask.to(like.device) != 0
+        if bool(mask.all()):
+            return cls((batch, length), None, [length] * batch)
+        return cls((batch, length), mask.flatten().nonzero().squeeze(1), mask.sum(1).tolist())
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[B, S, ...] -> [T, ...]."""
+        flat = x.flatten(0, 1)
+        return flat if self.index is None else flat.index_select(0, self.index)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """[T, ...] -> [B, S, ...], zeros at the padding."""
+        if self.index is None:
+            return packed.unflatten(0, self.shape)
+        flat = packed.new_zeros((self.shape[0] * self.shape[1], *packed.shape[1:]))
+        return flat.index_copy(0, self.index, packed).unflatten(0, self.shape)

@@ -1,0 +1,163 @@
+"""The one decoder that every family is assembled into from its spec."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.cross_entropy import IGNORE_INDEX, cross_entropy_reference
+from .batch import Batch, Padding
+from .errors import TritiumError
+from .generation import SamplingOptions, generate_padded
+from .kernel_set import KernelSet, resolve_backend
+from .layers import TransformerDecoder, as_spec
+from .plan import Dense, Plan
+
+
+@dataclass
+class ModelOutput:
+    """What a forward returns. `hidden_states` are those after the final norm; `loss` is None without labels."""
+
+    loss: Tensor | None
+    logits: Tensor  # [B, S, V]
+    hidden_states: Tensor  # [B, S, E]
+
+
+class Decoder(nn.Module):
+    """Token ids to logits. `config` is a ModelSpec or anything with `to_spec()`."""
+
+    def __init__(self, config: Any, backend: str = "auto") -> None:
+        super().__init__()
+        self.config = as_spec(config)
+        spec = self.config
+        self.embedding = nn.Embedding(spec.vocab_size, spec.embedding_dim)
+        learned = spec.positions == "learned"
+        self.position_embedding = nn.Embedding(spec.context_length, spec.embedding_dim) if learned else None
+        self.stack = TransformerDecoder(spec)
+        self.head = None if spec.tie_embeddings else nn.Linear(spec.embedding_dim, spec.vocab_size, bias=False)
+        self.kernels: KernelSet = resolve_backend(backend)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.weight.dtype
+
+    def use_backend(self, backend: str) -> "Decoder":
+        """Switches a loaded model between `torch`, `triton` and `auto`, on the same weights."""
+        self.kernels = resolve_backend(backend)
+        return self
+
+    def num_parameters(self) -> int:
+        """Parameters stored; tied embeddings count once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def enable_gradient_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes each layer in the backward pass instead of keeping its activations."""
+        self.stack.gradient_checkpointing = enable
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> ModelOutput:
+        """input_ids [B, S] int64, attention_mask [B, S] (1 at real tokens, any padding), labels [B, S].
+
+        The loss is the mean over the real tokens of predicting the next label of the same row; labels of -100 do not
+        count. Logits and hidden states are zero at the padding. Raises TritiumError for token ids outside the
+        vocabulary, rows beyond the context length and shapes that do not fit.
+        """
+        self.check_tokens(input_ids, "input_ids")
+        padding = Padding.of(input_ids, attention_mask)
+        self.check_length(max(padding.counts, default=0))
+        batch = Batch.fresh(padding.counts, input_ids.device)
+        hidden, logits = self.run(self.bind(), padding.pack(input_ids), batch)
+        loss = None
+        if labels is not None:
+            if labels.shape != input_ids.shape:
+                raise TritiumError(f"labels: must be {list(input_ids.shape)} like input_ids, got {list(labels.shape)}")
+            loss = cross_entropy_reference(logits, _next_labels(padding.pack(labels), batch.starts))
+        return ModelOutput(loss, padding.unpack(logits), padding.unpack(hidden))
+
+    def bind(self) -> Plan:
+        """The plan of this model as its parameters are now: see plan.py."""
+        layers, norm = self.stack.bind()
+        embedding = self.embedding.weight
+        head = Dense(embedding if self.head is None else self.head.weight, None)
+        positions = None if self.position_embedding is None else self.position_embedding.weight
+        return Plan(embedding, positions, layers, norm, head)
+
+    def run(self, plan: Plan, tokens: Tensor, batch: Batch, last_only: bool = False) -> tuple[Tensor, Tensor]:
+        """Packed tokens [T] -> (hidden after the final norm, logits), for all of them or each row's last.
+
+        With a cache in the batch, the new keys and values are in it afterwards and its lengths are advanced.
+        """
+        x = nn.functional.embedding(tokens, plan.embedding)
+        if plan.positions is not None:
+            x = x + nn.functional.embedding(batch.positions, plan.positions)
+        x = self.stack.run(x, plan.layers, batch, self.kernels)
+        if last_only and not batch.is_decode:
+            x = x[[end - 1 for end in batch.starts[1:]]]
+        if batch.cache is not None:
+            counts = [end - start for start, end in zip(batch.starts, batch.starts[1:], strict=False)]
+            batch.cache.advance(batch.rows, counts)
+        return self.kernels.norm_head(x, plan.norm, plan.head)
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int = 100,
+        temperature: float = 1.0,
+        top_p: float = 0.9,
+        *,
+        top_k: int = 0,
+        seed: int | None = None,
+        attention_mask: Tensor | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int = 0,
+        progress: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Prompts [B, S] -> prompts followed by what was generated, [B, S + N] with N at most `max_new_tokens`.
+
+        Row r draws with the seed `seed + r` (a fresh random seed when None), so that a row repeats whatever else is
+        in the batch. `temperature=0` is greedy. A row that met an EOS is filled with `pad_token_id` behind it.
+        """
+        options = SamplingOptions(max_new_tokens, temperature, top_k, top_p, seed)
+        eos = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+        return generate_padded(self, input_ids, attention_mask, options, eos, pad_token_id, progress)
+
+    def check_tokens(self, tokens: Tensor, what: str) -> None:
+        """Raises TritiumError where an id lies outside the vocabulary: checked before anything indexes with it."""
+        if tokens.dtype not in (torch.int64, torch.int32) or tokens.dim() < 1:
+            raise TritiumError(f"{what}: must hold whole numbers (int64), got {tokens.dtype} {list(tokens.shape)}")
+        if tokens.numel():
+            low, high = (int(bound) for bound in tokens.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                wrong = low if low < 0 else high
+                raise TritiumError(f"{what}: token id {wrong} lies outside 0 to {self.config.vocab_size - 1}")
+
+    def check_length(self, length: int) -> None:
+        """Raises TritiumError for a row longer than the context."""
+        if length > self.config.context_length:
+            raise TritiumError(f"a row of {length} tokens exceeds the context length of {self.config.context_length}")
+
+    @torch.no_grad()
+    def initialise(self, std: float = 0.02, seed: int = 0) -> "Decoder":
+        """Redraws matrices from a normal distribution, sets norms to one and biases to zero."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, std, generator=generator)
+            else:
+                parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+        return self
+
+
+def _next_labels(labels: Tensor, starts: Sequence[int]) -> Tensor:
+    """Packed labels [T] shifted so that each token's is its successor's; a row's last has none."""
+    shifted = torch.full_like(labels, IGNORE_INDEX)
+    shifted[:-1] = labels[1:]
+    shifted[[end - 1 for start, end in zip(starts, starts[1:], strict=False) if end > start]] = IGNORE_INDEX
+    return shifted

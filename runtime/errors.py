@@ -1,0 +1,20 @@
+"""The error a person can act on."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class TritiumError(ValueError):
+    """A mistake in what was asked for or given. Its message is one line: what is wrong, where, and what would be right.
+
+    The command line prints the message and exits with code 2.
+    """
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the choices, the likeliest first."""
+    choices = list(choices)
+    lowered = {choice.lower(): choice for choice in choices}
+    likely = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.5)]
+    hint = f"did you mean {' or '.join(likely)}? " if likely else ""
+    return f"{hint}known: {', '.join(choices)}"

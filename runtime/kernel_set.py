@@ -1,0 +1,150 @@
+"""The interface between the decoder and its operations: six phases, and the set of them that a backend provides.
+
+The phases are cut where a fused decode kernel begins and ends. x and the residual stream are [T, E] with the tokens of
+all rows packed one after another (see batch.py); every phase is a function of its arguments alone, but for the cache.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels.attention import attention_reference, decode_attention_reference, paged_attention_reference
+from ..kernels.layer_norm import layer_norm_reference
+from ..kernels.linear import linear_reference, linear_residual_reference
+from ..kernels.qk_norm_rope import cache_write_reference, qk_norm_rope_reference
+from ..kernels.rms_norm import rms_norm_reference
+from ..kernels.swiglu import swiglu_reference
+from .batch import Batch
+from .errors import TritiumError, nearest
+from .plan import Attention, Dense, Mlp, Norm
+
+
+@dataclass(frozen=True)
+class KernelSet:
+    """One implementation of the decoder's phases."""
+
+    name: str
+    norm_linear: Callable[[Tensor, Norm | None, Dense], tuple[Tensor, Tensor]]
+    qk_norm_rope_cache: Callable[[Tensor, Attention, Batch], tuple[Tensor, Tensor, Tensor]]
+    attention: Callable[[Tensor, Tensor, Tensor, Attention, Batch], Tensor]
+    linear_residual: Callable[[Tensor, Dense, Tensor], Tensor]
+    norm_gate_up_act: Callable[[Tensor, Norm | None, Mlp], tuple[Tensor, Tensor]]
+    norm_head: Callable[[Tensor, Norm | None, Dense], tuple[Tensor, Tensor]]
+
+
+def normalise(x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
+    """(residual stream, normalised x)."""
+    if norm is None:
+        return x, x
+    if norm.kind == "rms":
+        y = rms_norm_reference(x, norm.weight, norm.eps_tensor)
+    else:
+        y = layer_norm_reference(x, norm.weight, norm.bias, norm.eps)
+    return (y if norm.replaces_stream else x), y
+
+
+def _norm_linear(x: Tensor, norm: Norm | None, linear: Dense) -> tuple[Tensor, Tensor]:
+    """[T, E] -> (stream [T, E], projection [T, N])."""
+    stream, y = normalise(x, norm)
+    return stream, linear_reference(y, linear.weight, linear.bias)
+
+
+def _qk_norm_rope_cache(qkv: Tensor, attention: Attention, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed QKV [T, (Hq + 2 Hk) D] -> q [T, Hq, D], k and v [T, Hk, D]; k and v also go to the batch's cache."""
+    cos, sin = (None, None)
+    if attention.rotary is not None:
+        cos, sin = batch.rope(attention.rotary, attention.rope_dtype)
+    q, k, v = qk_norm_rope_reference(
+        qkv,
+        attention.num_heads,
+        attention.num_kv_heads,
+        cos,
+        sin,
+        attention.qk_norm,
+        attention.qk_norm_weight,
+        attention.eps,
+        attention.qk_norm_first,
+    )
+    if batch.cache is not None and batch.slots is not None:
+        keys, values = batch.cache.flat_keys[attention.slot], batch.cache.flat_values[attention.slot]
+        cache_write_reference(k, v, keys, values, batch.slots)
+    return q, k, v
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, attention: Attention, batch: Batch) -> Tensor:
+    """[T, Hq, D] -> [T, Hq * D]."""
+    cache, slot, scale, window = batch.cache, attention.slot, attention.scale, attention.window
+    dense = None
+    if cache is None or batch.is_fresh:
+        out = attention_reference(q, k, v, batch.starts, scale, window)
+    elif batch.is_decode and (dense := cache.dense(slot, batch.rows, batch.longest)) is not None:
+        out = decode_attention_reference(q, *dense, batch.decode_bias(window, q.dtype), scale)
+    else:
+        keys, values, table = cache.keys[slot], cache.values[slot], cache.page_table[list(batch.rows)]
+        out = paged_attention_reference(q, keys, values, table, batch.starts, batch.lengths, scale, window)
+    return out.flatten(1)
+
+
+def _linear_residual(x: Tensor, linear: Dense, stream: Tensor) -> Tensor:
+    """[T, K] and the stream [T, E] -> the stream with the projection added."""
+    return linear_residual_reference(x, linear.weight, linear.bias, stream)
+
+
+_PLAIN_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+def _norm_gate_up_act(x: Tensor, norm: Norm | None, mlp: Mlp) -> tuple[Tensor, Tensor]:
+    """[T, E] -> (stream [T, E], activated hidden [T, F])."""
+    stream, hidden = _norm_linear(x, norm, mlp.up)
+    if mlp.kind == "gated":
+        return stream, swiglu_reference(hidden)
+    return stream, _PLAIN_ACTIVATIONS[mlp.activation](hidden)
+
+
+def _norm_head(x: Tensor, norm: Norm | None, head: Dense) -> tuple[Tensor, Tensor]:
+    """[T, E] -> (normalised [T, E], logits [T, V])."""
+    _, hidden = normalise(x, norm)
+    return hidden, linear_reference(hidden, head.weight, head.bias)
+
+
+REFERENCE = KernelSet(
+    name="torch",
+    norm_linear=_norm_linear,
+    qk_norm_rope_cache=_qk_norm_rope_cache,
+    attention=_attention,
+    linear_residual=_linear_residual,
+    norm_gate_up_act=_norm_gate_up_act,
+    norm_head=_norm_head,
+)
+
+BACKENDS = ("auto", "triton", "torch")
+
+
+def resolve_backend(name: str) -> KernelSet:
+    """The kernel set that `name` asks for: `torch`, `triton`, or `auto`, the fastest that runs here.
+
+    Raises TritiumError for an unknown name, and for `triton` where it cannot run: it never falls back silently.
+    """
+    if name not in BACKENDS:
+        raise TritiumError(f"backend: unknown {name!r}; {nearest(name, BACKENDS)}")
+    if name == "triton":
+        raise TritiumError(f"backend 'triton' cannot run here: {_triton_obstacle()}; use backend 'torch' or 'auto'")
+    return REFERENCE
+
+
+def _triton_obstacle() -> str:
+    import importlib.util
+
+    import torch
+
+    if not torch.cuda.is_available():
+        return "it needs a GPU that Triton drives, and torch sees none"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    return "this version has no Triton kernels yet"

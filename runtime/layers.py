@@ -1,0 +1,289 @@
+"""The decoder's building blocks as modules: usable alone, and what the decoder is assembled from."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from . import plan
+from .batch import Batch, Padding
+from .kernel_set import REFERENCE, KernelSet, normalise
+from .rope import RotaryEmbedding
+from .spec import ModelSpec
+
+
+def as_spec(config: Any) -> ModelSpec:
+    """A ModelSpec from a spec or from anything with `to_spec()`, such as MobileLLMConfig."""
+    return config if isinstance(config, ModelSpec) else config.to_spec()
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, `dim` wide: see kernels/rms_norm.py."""
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., dim] -> [..., dim]."""
+        return normalise(x, self.bind())[1]
+
+    def bind(self, replaces_stream: bool = False) -> plan.Norm:
+        return _bind_norm("rms", self.weight, None, self.eps, replaces_stream)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm over the last dimension, `dim` wide: see kernels/layer_norm.py."""
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., dim] -> [..., dim]."""
+        return normalise(x, self.bind())[1]
+
+    def bind(self, replaces_stream: bool = False) -> plan.Norm:
+        return _bind_norm("layer", self.weight, self.bias, self.eps, replaces_stream)
+
+
+def _bind_norm(
+    kind: Literal["rms", "layer"], weight: Tensor, bias: Tensor | None, eps: float, replaces_stream: bool
+) -> plan.Norm:
+    return plan.Norm(kind, weight, bias, eps, _eps_tensor(eps, weight), replaces_stream)
+
+
+def _eps_tensor(eps: float, like: Tensor) -> Tensor:
+    """eps in the dtype of the statistics, built once a plan: see rms_norm_reference."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.full((), eps, dtype=dtype, device=like.device)
+
+
+def _bind_linear(linear: nn.Linear) -> plan.Dense:
+    return plan.Dense(linear.weight, linear.bias)
+
+
+class MultiHeadAttention(nn.Module):
+    """Causal self-attention with grouped key/value heads, rotary positions and QK-norm.
+
+    `num_kv_heads=None` gives every query head its own. The keyword-only arguments are the traits in which families
+    differ; their defaults are MobileLLM's. `rotary` shares one table of angles between layers.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        use_qk_norm: bool = True,
+        rope_base: float = 500000.0,
+        max_seq_len: int = 32768,
+        *,
+        head_dim: int | None = None,
+        norm_eps: float = 1e-5,
+        qk_norm_weighted: bool = False,
+        qk_norm_first: bool = False,
+        use_rope: bool = True,
+        rope_in_float32: bool = True,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        window: int | None = None,
+        rotary: RotaryEmbedding | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads ({num_heads}) must be a multiple of num_kv_heads ({num_kv_heads})")
+        if head_dim is None and embed_dim % num_heads:
+            raise ValueError(f"embed_dim ({embed_dim}) must be a multiple of num_heads ({num_heads})")
+        self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
+        self.norm_eps = norm_eps
+        self.use_qk_norm = use_qk_norm
+        self.qk_norm_first = qk_norm_first
+        self.rope_in_float32 = rope_in_float32
+        self.window = window
+        self.rotary = (rotary or RotaryEmbedding(self.head_dim, rope_base, max_seq_len)) if use_rope else None
+        self.qkv = nn.Linear(embed_dim, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim, bias=qkv_bias)
+        self.out = nn.Linear(self.num_heads * self.head_dim, embed_dim, bias=out_bias)
+        weighted = use_qk_norm and qk_norm_weighted
+        self.q_norm = RMSNorm(self.head_dim, norm_eps) if weighted else None
+        self.k_norm = RMSNorm(self.head_dim, norm_eps) if weighted else None
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """[B, S, embed_dim], mask [B, S] with 1 at real tokens -> [B, S, embed_dim], zeros at the padding."""
+        padding = Padding.of(hidden_states, attention_mask)
+        batch = Batch.fresh(padding.counts, hidden_states.device)
+        attention = self.bind(0)
+        _, qkv = REFERENCE.norm_linear(padding.pack(hidden_states), None, _bind_linear(self.qkv))
+        out = REFERENCE.attention(*REFERENCE.qk_norm_rope_cache(qkv, attention, batch), attention, batch)
+        return padding.unpack(REFERENCE.norm_linear(out, None, _bind_linear(self.out))[1])
+
+    def bind(self, slot: int) -> plan.Attention:
+        weight = None
+        if self.q_norm is not None and self.k_norm is not None:
+            weight = torch.cat(
+                (self.q_norm.weight.expand(self.num_heads, -1), self.k_norm.weight.expand(self.num_kv_heads, -1))
+            )
+        dtype = self.qkv.weight.dtype
+        return plan.Attention(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            scale=self.head_dim**-0.5,
+            rotary=self.rotary,
+            rope_dtype=torch.float32 if self.rope_in_float32 and dtype != torch.float64 else dtype,
+            qk_norm=self.use_qk_norm,
+            qk_norm_first=self.qk_norm_first,
+            qk_norm_weight=weight,
+            eps=_eps_tensor(self.norm_eps, self.qkv.weight),
+            window=self.window,
+            slot=slot,
+        )
+
+
+class FeedForward(nn.Module):
+    """The position-wise network: gated (SwiGLU, gate and up packed in one projection) or plain (one activation)."""
+
+    def __init__(
+        self,
+        embed_dim: int,
+        hidden_dim: int,
+        *,
+        mlp: Literal["gated", "plain"] = "gated",
+        activation: Literal["silu", "relu", "gelu", "gelu_tanh"] = "silu",
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.mlp = mlp
+        self.activation = activation
+        self.up = nn.Linear(embed_dim, 2 * hidden_dim if mlp == "gated" else hidden_dim, bias=bias)
+        self.down = nn.Linear(hidden_dim, embed_dim, bias=bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., embed_dim] -> [..., embed_dim]."""
+        _, hidden = REFERENCE.norm_gate_up_act(hidden_states, None, self.bind())
+        return REFERENCE.norm_linear(hidden, None, _bind_linear(self.down))[1]
+
+    def bind(self) -> plan.Mlp:
+        return plan.Mlp(self.mlp, self.activation, _bind_linear(self.up))
+
+
+class TransformerBlock(nn.Module):
+    """One decoder layer: attention and feed-forward, each with its norm and residual connection."""
+
+    def __init__(self, config: Any, layer_idx: int = 0, *, rotary: RotaryEmbedding | None = None) -> None:
+        super().__init__()
+        spec = as_spec(config)
+        norm = RMSNorm if spec.norm == "rms" else LayerNorm
+        self.post_norm = spec.residual == "post_norm"
+        self.attention_norm = norm(spec.embedding_dim, spec.norm_eps)
+        self.attention = MultiHeadAttention(
+            spec.embedding_dim,
+            spec.num_heads,
+            spec.num_kv_heads,
+            use_qk_norm=spec.qk_norm != "none" and spec.qk_norm_layers[layer_idx],
+            head_dim=spec.head_dim,
+            norm_eps=spec.norm_eps,
+            qk_norm_weighted=spec.qk_norm == "weighted",
+            qk_norm_first=spec.qk_norm_position == "before_rope",
+            use_rope=spec.positions == "rope" and spec.rope_layers[layer_idx],
+            rope_in_float32=spec.rope_dtype == "float32",
+            qkv_bias=spec.qkv_bias,
+            out_bias=spec.out_bias,
+            window=spec.windows[layer_idx],
+            rotary=rotary or rotary_of(spec),
+        )
+        self.mlp_norm = norm(spec.embedding_dim, spec.norm_eps)
+        self.mlp = FeedForward(
+            spec.embedding_dim, spec.hidden_dim, mlp=spec.mlp, activation=spec.activation, bias=spec.mlp_bias
+        )
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """[B, S, embed_dim], mask [B, S] with 1 at real tokens -> [B, S, embed_dim], zeros at the padding."""
+        padding = Padding.of(hidden_states, attention_mask)
+        batch = Batch.fresh(padding.counts, hidden_states.device)
+        layer, pending = self.bind(None, 0)
+        x = run_layer(padding.pack(hidden_states), layer, batch, REFERENCE)
+        return padding.unpack(x if pending is None else normalise(x, pending)[1])
+
+    def bind(self, pending: plan.Norm | None, slot: int) -> tuple[plan.Layer, plan.Norm | None]:
+        """This block's plan, and the norm that it leaves for whatever comes next.
+
+        A post-norm block is a pre-norm block shifted by one: each norm moves to the start of the following phase,
+        where its result also becomes the stream. `pending` is the norm that the block before left.
+        """
+        first, second = self.attention_norm.bind(self.post_norm), self.mlp_norm.bind(self.post_norm)
+        norms = (pending, first, second) if self.post_norm else (first, second, None)
+        layer = plan.Layer(
+            attention_norm=norms[0],
+            qkv=_bind_linear(self.attention.qkv),
+            attention=self.attention.bind(slot),
+            out=_bind_linear(self.attention.out),
+            mlp_norm=norms[1],
+            mlp=self.mlp.bind(),
+            down=_bind_linear(self.mlp.down),
+        )
+        return layer, norms[2]
+
+
+def run_layer(x: Tensor, layer: plan.Layer, batch: Batch, kernels: KernelSet) -> Tensor:
+    """The stream [T, E] through one layer."""
+    stream, qkv = kernels.norm_linear(x, layer.attention_norm, layer.qkv)
+    q, k, v = kernels.qk_norm_rope_cache(qkv, layer.attention, batch)
+    attended = kernels.attention(q, k, v, layer.attention, batch)
+    stream = kernels.linear_residual(attended, layer.out, stream)
+    stream, hidden = kernels.norm_gate_up_act(stream, layer.mlp_norm, layer.mlp)
+    return kernels.linear_residual(hidden, layer.down, stream)
+
+
+def rotary_of(spec: ModelSpec) -> RotaryEmbedding:
+    """The table of angles that all of a model's layers share."""
+    return RotaryEmbedding(spec.head_dim, spec.rope_base, spec.context_length, spec.rope_scaling)
+
+
+class TransformerDecoder(nn.Module):
+    """The stack of blocks and the final norm (which a post-norm stack does not have: its last block ends in one)."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        spec = as_spec(config)
+        self.layer_repeat = spec.layer_repeat
+        rotary = rotary_of(spec)
+        self.layers = nn.ModuleList(
+            TransformerBlock(spec, index, rotary=rotary) for index in range(spec.num_layers)
+        )
+        norm = RMSNorm if spec.norm == "rms" else LayerNorm
+        self.norm = None if spec.residual == "post_norm" else norm(spec.embedding_dim, spec.norm_eps)
+        self.gradient_checkpointing = False
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Embedded tokens [B, S, embed_dim], mask [B, S] -> hidden states after the final norm, zeros at the padding."""
+        padding = Padding.of(hidden_states, attention_mask)
+        batch = Batch.fresh(padding.counts, hidden_states.device)
+        layers, norm = self.bind()
+        x = self.run(padding.pack(hidden_states), layers, batch, REFERENCE)
+        return padding.unpack(x if norm is None else normalise(x, norm)[1])
+
+    def bind(self) -> tuple[tuple[plan.Layer, ...], plan.Norm | None]:
+        """Every execution of a block in order, and the norm that comes last."""
+        layers = []
+        pending: plan.Norm | None = None
+        for index, block in enumerate(self.layers):
+            for repeat in range(self.layer_repeat):
+                layer, pending = block.bind(pending, index * self.layer_repeat + repeat)
+                layers.append(layer)
+        return tuple(layers), pending if self.norm is None else self.norm.bind()
+
+    def run(self, x: Tensor, layers: tuple[plan.Layer, ...], batch: Batch, kernels: KernelSet) -> Tensor:
+        """The stream [T, E] through all layers, before the final norm."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            for layer in layers:
+                x = checkpoint(run_layer, x, layer, batch, kernels, use_reentrant=False)
+            return x
+        for layer in layers:
+            x = run_layer(x, layer, batch, kernels)
+        return x

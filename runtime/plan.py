@@ -1,0 +1,83 @@
+"""What the phases of a forward are given: the tensors and constants of one place in the decoder, as plain values.
+
+Modules hold parameters; a plan holds references to them. A forward makes its plan first (`bind`), so that a hot decode
+loop reads no module attribute, and nothing goes stale: the next `bind` sees whatever the parameters are by then.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .rope import RotaryEmbedding
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """An ordinary weight [N, K] and its bias [N], in the model's dtype."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A normalisation. With `replaces_stream` (post-norm) the residual stream goes on from its result."""
+
+    kind: Literal["rms", "layer"]
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+    eps_tensor: Tensor
+    replaces_stream: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """One layer's attention between the projections."""
+
+    num_heads: int
+    num_kv_heads: int
+    scale: float
+    rotary: RotaryEmbedding | None
+    rope_dtype: torch.dtype
+    qk_norm: bool
+    qk_norm_first: bool
+    qk_norm_weight: Tensor | None  # [num_heads + num_kv_heads, head_dim]
+    eps: Tensor
+    window: int | None
+    slot: int  # in the KV cache
+
+
+@dataclass(frozen=True, slots=True)
+class Mlp:
+    """The feed-forward's first half; `up` holds gate and up packed when gated."""
+
+    kind: Literal["gated", "plain"]
+    activation: Literal["silu", "relu", "gelu", "gelu_tanh"]
+    up: Dense
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One execution of a block. `None` for a norm: the stream is used as it is."""
+
+    attention_norm: Norm | None
+    qkv: Dense
+    attention: Attention
+    out: Dense
+    mlp_norm: Norm | None
+    mlp: Mlp
+    down: Dense
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A whole decoder."""
+
+    embedding: Tensor  # [V, E]
+    positions: Tensor | None  # [context, E], learned positions
+    layers: tuple[Layer, ...]
+    norm: Norm | None
+    head: Dense
