@@ -1,0 +1,19 @@
+"""`python main.py --model qwen3 --size 0.6B --prompt "..."`, or `--chat --stream`: the command line from a checkout.
+
+Without `--chat` it is `tritium generate`, with it `tritium chat`. It needs no installation.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    import tritium  # noqa: F401 - found through the folder of this script, which python puts first on sys.path
+
+    root = Path(__file__).resolve().parent
+    # From here on the folders at the root are reachable as tritium.<folder> only.
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != root]
+    from tritium.runtime.cli import main
+
+    arguments = sys.argv[1:]
+    command = "chat" if "--chat" in arguments else "generate"
+    sys.exit(main([command, *(argument for argument in arguments if argument != "--chat")]))

@@ -1,0 +1,165 @@
+"""Checkpoints in the Hugging Face layout: found, checked, streamed into a model, and written back."""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from .decoder import Decoder
+from .errors import TritiumError
+from .files import read_json
+from .hf_config import config_from_spec, spec_from_config
+from .registry import family_of_model_type, get_family
+from .spec import DTYPES, ModelSpec
+from .weight_map import Piece, WeightMap
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of what can be a weight
+
+T = TypeVar("T")
+
+
+def read_spec(directory: Path) -> ModelSpec:
+    """The spec that a checkpoint's config.json describes. Raises TritiumError for a folder that holds none."""
+    if not directory.is_dir():
+        raise TritiumError(f"{directory}: no such checkpoint folder")
+    path = directory / "config.json"
+    if not path.is_file():
+        raise TritiumError(f"{directory}: not a checkpoint, it has no config.json")
+    config = read_json(path)
+    family = family_of_model_type(config.get("model_type", ""), str(path))
+    return spec_from_config(family, config, str(path))
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint. Raises TritiumError for pickles, missing shards and unsafe names."""
+    index = directory / INDEX
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise TritiumError(f"{index}: has no weight_map")
+        files = []
+        for name in sorted(set(map(str, weight_map.values()))):
+            if name != os.path.basename(name) or not name.endswith(".safetensors") or name.startswith("."):
+                raise TritiumError(f"{index}: weight_map names {name!r}; only .safetensors files beside it are read")
+            if not (directory / name).is_file():
+                raise TritiumError(f"{directory}: the shard {name} is missing")
+            files.append(directory / name)
+        return files
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE]
+    pickles = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
+    if pickles:
+        raise TritiumError(
+            f"{directory}: {pickles[0]} is a pickle, which can run code and is refused: convert it to safetensors"
+        )
+    raise TritiumError(f"{directory}: has no {SINGLE} or {INDEX}")
+
+
+def load_weights(
+    model: Decoder, directory: Path, progress: bool = True, device: torch.device | str = "cpu"
+) -> None:
+    """Streams a checkpoint into a model that was built on the meta device: one tensor at a time, straight to `device`.
+
+    Every parameter is filled exactly once and every tensor used or ignored by name; otherwise one TritiumError says
+    all that does not fit, before anything is allocated.
+    """
+    weights = WeightMap(get_family(model.config.family), model.config, model.named_parameters())
+    files = weight_files(directory)
+    found: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        for name, dtype, shape in _read(path, _entries):
+            if name in found:
+                raise TritiumError(f"{path}: the tensor {name} is also in another shard")
+            if dtype not in FLOATS and not weights.ignores(name):
+                raise TritiumError(f"{path}: {name} is {dtype}; only unquantised weights ({', '.join(FLOATS)}) load")
+            found[name] = shape
+    weights.check(found, str(directory))
+
+    allocate(model, device)
+    parameters = dict(model.named_parameters())
+    with tqdm(total=len(weights.pieces), desc="Loading weights", unit=" tensors", delay=1, disable=not progress) as bar:
+
+        def stream(checkpoint: Any) -> None:
+            for name in checkpoint.offset_keys():
+                if piece := weights.pieces.get(name):
+                    piece.fill(parameters[piece.parameter].data, checkpoint.get_tensor(name))
+                    bar.update()
+
+        for path in files:
+            _read(path, stream)
+
+
+def allocate(model: Decoder, device: torch.device | str) -> None:
+    """Gives a meta model real, uninitialised parameters. Raises TritiumError when the device lacks the memory."""
+    needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    try:
+        model.to_empty(device=device)
+    except RuntimeError as error:  # torch.OutOfMemoryError, and the CPU allocator's plain RuntimeError
+        if "memory" not in str(error):
+            raise
+        raise TritiumError(f"out of memory: the weights need {needed / 2**30:.1f} GiB on {device}") from None
+
+
+def _entries(checkpoint: Any) -> list[tuple[str, str, tuple[int, ...]]]:
+    """(name, dtype, shape) of every tensor of an open file, from its header."""
+    slices = ((name, checkpoint.get_slice(name)) for name in checkpoint.keys())  # noqa: SIM118 - not a mapping
+    return [(name, str(part.get_dtype()), tuple(part.get_shape())) for name, part in slices]
+
+
+def _read(path: Path, use: Callable[[Any], T]) -> T:
+    try:
+        with safe_open(path, framework="pt") as checkpoint:
+            return use(checkpoint)
+    except (SafetensorError, OSError) as error:
+        raise TritiumError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+@torch.no_grad()
+def save_pretrained(
+    model: Decoder, directory: str | Path, dtype: torch.dtype | None = None, shard_bytes: int = 5 * 10**9
+) -> None:
+    """Writes config.json and safetensors in the layout of the family's published checkpoints.
+
+    `dtype` converts the weights (None keeps them). Files above `shard_bytes` are split and indexed.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    spec = model.config
+    family = get_family(spec.family)
+    dtype = dtype or model.dtype
+    spec = spec.replace(dtype=next(name for name, value in DTYPES.items() if value == dtype))
+    config = config_from_spec(family, spec)
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    parameters = dict(model.named_parameters())
+    pieces = WeightMap(family, spec, parameters.items()).pieces.values()
+    shards: list[list[Piece]] = [[]]
+    size = total = 0
+    for piece in pieces:
+        nbytes = math.prod(piece.shape) * dtype.itemsize
+        if size and size + nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(piece)
+        size += nbytes
+        total += nbytes
+
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {piece.source: piece.read(parameters[piece.parameter]).to("cpu", dtype) for piece in shard}
+        save_file(tensors, directory / name, {"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, name))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

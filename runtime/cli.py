@@ -1,0 +1,156 @@
+"""The command line: `tritium generate`, `tritium chat`, `tritium models`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+from .errors import TritiumError
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="tritium", description="Run Qwen and MobileLLM models on Triton kernels or plain PyTorch.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    source = argparse.ArgumentParser(add_help=False)
+    where = source.add_argument_group("model (the bundled one, where none is named)")
+    where.add_argument("--model", metavar="FAMILY", help="a family, such as qwen3 (see `tritium models`)")
+    where.add_argument("--size", help="a size of that family, such as 0.6B; the family's default where absent")
+    where.add_argument("--variant", help="base, instruct, reasoning or chat; the family's default where absent")
+    where.add_argument("--checkpoint", metavar="DIR_OR_HUB_ID", help="a checkpoint folder or hub repository instead")
+    where.add_argument("--device", help="cpu, cuda, cuda:1 ...; the GPU where there is one")
+    where.add_argument("--dtype", default="auto", help="bfloat16, float16 or float32; auto: float32 on a CPU")
+    where.add_argument("--backend", default="auto", help="auto, triton or torch")
+
+    sampling = argparse.ArgumentParser(add_help=False)
+    how = sampling.add_argument_group("sampling (the checkpoint's own defaults, where not given)")
+    how.add_argument("--max-new-tokens", type=int, metavar="N", help="stop after N tokens (generate 100, chat 512)")
+    how.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token always")
+    how.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens; 0: all")
+    how.add_argument("--top-p", type=float, metavar="P", help="sample among the likeliest tokens that reach P together")
+    how.add_argument("--seed", type=int, help="the same seed gives the same text")
+    how.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (repeatable)")
+    how.add_argument("--stream", action="store_true", help="print the text as it comes")
+
+    generate = commands.add_parser("generate", parents=[source, sampling], help="continue a prompt")
+    generate.add_argument("--prompt", required=True, help="the text to continue")
+    chat = commands.add_parser("chat", parents=[source, sampling], help="talk to a model")
+    chat.add_argument("--prompt", help="answer this one message and end; otherwise a conversation on the terminal")
+    chat.add_argument("--system", help="the system message")
+    chat.add_argument("--no-thinking", action="store_true", help="ask Qwen3 for an answer without reasoning")
+    commands.add_parser("models", help="list families and sizes")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command. Returns the exit code: 0, 2 for a mistake in what was asked, 130 when interrupted."""
+    try:
+        options = _parser().parse_args(arguments)
+        {"generate": _generate, "chat": _chat, "models": _models}[options.command](options)
+        sys.stdout.flush()
+        return 0
+    except TritiumError as error:
+        print(f"tritium: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output left; Python would complain again while closing it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _generator(options: argparse.Namespace) -> Any:
+    # Wrong options must not cost the loading of a model first.
+    from .generation import SamplingOptions
+
+    given = ("temperature", "top_k", "top_p", "max_new_tokens")
+    SamplingOptions(**{name: getattr(options, name) for name in given if getattr(options, name) is not None})
+    if options.checkpoint and (options.model or options.size):
+        raise TritiumError("give either --checkpoint or --model and --size, not both")
+    if options.size and not options.model:
+        raise TritiumError("--size needs --model, the family that it is a size of")
+    from .loading import BUNDLED, load
+    from .text import TextGenerator
+
+    name = options.checkpoint or BUNDLED
+    if options.model:
+        from .registry import get_family
+
+        family = get_family(options.model)
+        name = f"{family.name}:{options.size or family.default_size}"
+    chosen = {key: getattr(options, key) for key in ("variant", "device", "dtype", "backend")}
+    model, tokenizer, _ = load(name, progress=sys.stderr.isatty(), **chosen)
+    return TextGenerator(model, tokenizer)
+
+
+def _sampling(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("temperature", "top_k", "top_p", "seed", "stop")
+    limit = {} if options.max_new_tokens is None else {"max_new_tokens": options.max_new_tokens}
+    return {"stream": True, **limit, **{name: getattr(options, name) for name in names}}
+
+
+def _show(pieces: Iterable[str], options: argparse.Namespace) -> str:
+    """Prints a text, piece by piece or whole, and returns it."""
+    if options.stream:
+        shown = []
+        for piece in pieces:
+            print(piece, end="", flush=True)
+            shown.append(piece)
+        print()
+        return "".join(shown)
+    from tqdm import tqdm
+
+    text = "".join(tqdm(pieces, desc="Generating", unit=" tokens", delay=1, leave=False, disable=not sys.stderr.isatty()))
+    print(text)
+    return text
+
+
+def _generate(options: argparse.Namespace) -> None:
+    generator = _generator(options)
+    pieces = generator.generate(options.prompt, **_sampling(options))
+    if options.stream:
+        print(options.prompt, end="", flush=True)
+        _show(pieces, options)
+    else:
+        _show((piece for part in ((options.prompt,), pieces) for piece in part), options)
+
+
+def _chat(options: argparse.Namespace) -> None:
+    generator = _generator(options)
+    thinking = False if options.no_thinking else None
+    ask = {**_sampling(options), "enable_thinking": thinking}
+    if options.prompt is not None:
+        _show(generator.chat(options.prompt, system=options.system, **ask), options)
+        return
+    conversation = [] if options.system is None else [{"role": "system", "content": options.system}]
+    has_template = generator.tokenizer.chat_template is not None
+    while True:
+        try:
+            message = input("> ")
+        except EOFError:
+            print()
+            return
+        if not message.strip():
+            continue
+        conversation.append({"role": "user", "content": message})
+        answer = _show(generator.chat(conversation if has_template else message, **ask), options)
+        conversation.append({"role": "assistant", "content": answer})
+
+
+def _models(options: argparse.Namespace) -> None:
+    from .summary import model_table
+
+    print(model_table())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

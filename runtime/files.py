@@ -1,0 +1,43 @@
+"""Reading small files with errors that name the file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import TritiumError
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise TritiumError(f"{path}: no such file") from None
+    except UnicodeDecodeError:
+        raise TritiumError(f"{path}: not UTF-8 text") from None
+    except OSError as error:
+        raise TritiumError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises TritiumError if it is missing, malformed or something else."""
+    try:
+        value = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise TritiumError(f"{path}: not valid JSON (line {error.lineno}: {error.msg})") from None
+    if not isinstance(value, dict):
+        raise TritiumError(f"{path}: must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping from a file. Raises TritiumError if it is missing, malformed or something else."""
+    try:
+        value = yaml.safe_load(_read_text(path))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise TritiumError(f"{path}: not valid YAML{f' (line {mark.line + 1})' if mark else ''}") from None
+    if not isinstance(value, dict):
+        raise TritiumError(f"{path}: must hold keys and values, got {type(value).__name__}")
+    return value

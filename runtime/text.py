@@ -1,0 +1,102 @@
+"""Text in, text out: prompts and conversations over a loaded model."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from .decoder import Decoder
+from .errors import TritiumError
+from .generation import SamplingOptions, generate
+from .tokenizer import Messages, StreamDecoder, Tokenizer
+
+
+class TextGenerator:
+    """Generates text with a loaded model and its tokenizer.
+
+    `device` moves the model where it is not there yet. Options that are None take the checkpoint's own
+    generation_config.json, then temperature 1.0, top_k 0 (all) and top_p 0.9.
+    """
+
+    def __init__(self, model: Decoder, tokenizer: Tokenizer | None, device: str | torch.device | None = None) -> None:
+        if tokenizer is None:
+            raise TritiumError("this checkpoint has no tokenizer.json: text needs one, token ids go to model.generate")
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise TritiumError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's {model.config.vocab_size}"
+            )
+        self.model = model if device is None else model.to(device)
+        self.tokenizer = tokenizer
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        stream: bool = False,
+        max_new_tokens: int = 100,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> str | Iterator[str]:
+        """The text that follows a prompt; with `stream`, its pieces as they come, each of whole characters.
+
+        Ends at an EOS of the checkpoint, before the first of the `stop` strings, or after `max_new_tokens`.
+        """
+        options = self.options(max_new_tokens, temperature, top_k, top_p, seed)
+        pieces = self._pieces(self.tokenizer.encode(prompt), options, stop)
+        return pieces if stream else "".join(pieces)
+
+    def chat(
+        self,
+        message: str | Messages,
+        *,
+        stream: bool = False,
+        system: str | None = None,
+        enable_thinking: bool | None = None,
+        max_new_tokens: int = 512,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> str | Iterator[str]:
+        """The answer to a message, or to a whole conversation of {"role", "content"} mappings.
+
+        `enable_thinking` is Qwen3's switch: False asks for an answer without reasoning. A checkpoint without a chat
+        template continues the message as plain text. Otherwise as `generate`.
+        """
+        messages: Messages = [{"role": "user", "content": message}] if isinstance(message, str) else message
+        if system is not None:
+            messages = [{"role": "system", "content": system}, *messages]
+        if self.tokenizer.chat_template is None and isinstance(message, str) and system is None:
+            tokens = self.tokenizer.encode(message)
+        else:
+            text = self.tokenizer.apply_chat_template(messages, enable_thinking=enable_thinking)
+            tokens = self.tokenizer.encode(text, add_special_tokens=False)
+        pieces = self._pieces(tokens, self.options(max_new_tokens, temperature, top_k, top_p, seed), stop)
+        return pieces if stream else "".join(pieces)
+
+    def options(
+        self,
+        max_new_tokens: int,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ) -> SamplingOptions:
+        """The options given, the checkpoint's where None, the library's where it has none either."""
+        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        chosen = {**self.tokenizer.defaults, **{key: value for key, value in given.items() if value is not None}}
+        return SamplingOptions(max_new_tokens=max_new_tokens, seed=seed, **chosen)
+
+    def _pieces(self, tokens: Sequence[int], options: SamplingOptions, stop: Sequence[str]) -> Iterator[str]:
+        decoder = StreamDecoder(self.tokenizer, stop)
+        eos = set(self.tokenizer.eos_ids)
+        for (token,) in generate(self.model, [tokens], options, self.tokenizer.eos_ids):
+            if token is not None and token not in eos and (piece := decoder.add(token)):
+                yield piece
+            if decoder.stopped:
+                return
+        if rest := decoder.finish():
+            yield rest

@@ -1,0 +1,238 @@
+"""Text to token ids and back: a checkpoint's tokenizer.json, its chat template, and streaming that is always whole text."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.sandbox
+from tokenizers import Tokenizer as FastTokenizer
+
+from .files import read_json
+from .errors import TritiumError
+
+Messages = Sequence[Mapping[str, Any]]
+
+MAX_TEMPLATE = 256 * 1024  # characters
+MAX_RENDERED = 16 * 1024 * 1024
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}...{% endgeneration %}`, which templates use to mark the assistant's text: renders its body."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2's own interface
+
+    def parse(self, parser: Any) -> Any:
+        lineno = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body).set_lineno(lineno)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    # jinja2's own filter escapes HTML, which models were not trained on.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+def render_chat(template: str, messages: Messages, where: str = "chat template", **variables: Any) -> str:
+    """Renders a Hugging Face chat template in jinja2's immutable sandbox.
+
+    Raises TritiumError for a template that is malformed, oversized, refuses the messages, or reaches outside.
+    """
+    if len(template) > MAX_TEMPLATE:
+        raise TritiumError(f"{where}: {len(template)} characters, more than the {MAX_TEMPLATE} allowed")
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    pieces: list[str] = []
+    size = 0
+    try:
+        for piece in environment.from_string(template).generate(messages=messages, **variables):
+            size += len(piece)
+            if size > MAX_RENDERED:
+                raise TritiumError(f"{where}: renders to more than {MAX_RENDERED} characters")
+            pieces.append(piece)
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        if isinstance(error, TritiumError):
+            raise
+        raise TritiumError(f"{where}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from None
+    return "".join(pieces)
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer. `eos_ids` and `defaults` come from its generation_config.json and config.json."""
+
+    def __init__(
+        self,
+        fast: FastTokenizer,
+        *,
+        chat_template: str | None = None,
+        special: Mapping[str, str] | None = None,
+        eos_ids: Sequence[int] = (),
+        defaults: Mapping[str, Any] | None = None,
+        where: str = "tokenizer",
+    ) -> None:
+        self.fast = fast
+        self.chat_template = chat_template
+        self.special = dict(special or {})
+        self.eos_ids = tuple(eos_ids)
+        self.defaults = dict(defaults or {})
+        self._where = where
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> "Tokenizer":
+        """From tokenizer.json, tokenizer_config.json, chat_template.jinja and generation_config.json.
+
+        Only the first must be there. Raises TritiumError for what is missing or malformed.
+        """
+        directory = Path(directory)
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise TritiumError(f"{directory}: has no tokenizer.json")
+        try:
+            fast = FastTokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise TritiumError(f"{path}: not a tokenizer ({str(error).splitlines()[0]})") from None
+        fast.no_padding()
+        fast.no_truncation()
+        config, generation, model = (
+            read_json(directory / name) if (directory / name).is_file() else {}
+            for name in ("tokenizer_config.json", "generation_config.json", "config.json")
+        )
+        special = {key: _token_text(config.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        special = {key: text for key, text in special.items() if text is not None}
+        eos = {*_ids(generation.get("eos_token_id")), *_ids(model.get("eos_token_id"))}
+        if not eos and "eos_token" in special:
+            eos = {token for token in [fast.token_to_id(special["eos_token"])] if token is not None}
+        return cls(
+            fast,
+            chat_template=_chat_template(directory, config),
+            special=special,
+            eos_ids=sorted(eos),
+            defaults={key: generation[key] for key in ("temperature", "top_k", "top_p") if key in generation}
+            | ({"temperature": 0.0} if generation.get("do_sample") is False else {}),
+            where=str(directory),
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that decode to something; a model's embedding may have more rows."""
+        return self.fast.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text. Special tokens' own spelling in it counts as those tokens."""
+        return list(self.fast.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return str(self.fast.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    def apply_chat_template(
+        self,
+        messages: Messages,
+        *,
+        add_generation_prompt: bool = True,
+        enable_thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """The conversation as the model's own text. `enable_thinking` reaches the template only when given.
+
+        Raises TritiumError when the checkpoint has no template or the template refuses the messages.
+        """
+        if self.chat_template is None:
+            raise TritiumError(f"{self._where}: has no chat template; use a plain prompt, or a chat checkpoint")
+        variables: dict[str, Any] = {**self.special, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        if enable_thinking is not None:
+            variables["enable_thinking"] = enable_thinking
+        return render_chat(self.chat_template, messages, f"{self._where}: chat template", **variables)
+
+
+class StreamDecoder:
+    """Token ids one by one to text, holding back what is not yet a whole character or could begin a stop string.
+
+    The pieces that `add` returns, and `finish` last, join to exactly the decoded text, cut before the first stop.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        if any(not text for text in stop):
+            raise TritiumError("stop: a stop string must not be empty")
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._window: list[int] = []  # the newest ids; they begin where a character does
+        self._context = 0  # leading ids of the window that are there only to give the others their context
+        self._emitted = 0  # characters of the window's text that are out already
+        self._pending = ""  # whole text that is held back for a stop string
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """The text that is now certain."""
+        if self.stopped:
+            return ""
+        self._window.append(token)
+        text = self._tokenizer.decode(self._window)
+        # A character whose bytes are not all there yet decodes as one U+FFFD at the end.
+        whole = text[:-1] if text.endswith("\ufffd") else text
+        piece = whole[self._emitted :]
+        self._emitted += len(piece)
+        if whole is text:
+            self._window, self._context = self._window[self._context :], len(self._window) - self._context
+            self._emitted = len(self._tokenizer.decode(self._window))
+        return self._release(piece)
+
+    def finish(self) -> str:
+        """What is still held back when no more tokens come."""
+        if self.stopped:
+            return ""
+        text = self._release(self._tokenizer.decode(self._window)[self._emitted :])
+        text, self._pending = text + self._pending, ""
+        self._window, self._context, self._emitted = [], 0, 0
+        return text
+
+    def _release(self, text: str) -> str:
+        text = self._pending + text
+        found = [text.find(stop) for stop in self._stop if stop in text]
+        if found:
+            self.stopped, self._pending = True, ""
+            return text[: min(found)]
+        held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._pending = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def _token_text(value: Any) -> str | None:
+    """tokenizer_config.json writes a special token as text or as an object with its `content`."""
+    if isinstance(value, Mapping):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _ids(value: Any) -> Iterator[int]:
+    """An id, a list of ids, or nothing."""
+    for entry in value if isinstance(value, list) else [value]:
+        if isinstance(entry, int) and not isinstance(entry, bool):
+            yield entry
+
+
+def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several named ones
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
