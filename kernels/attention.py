@@ -8,7 +8,7 @@ own, and with a window W only the last W of those. Query head h reads key/value 
 
 Shapes: q [T, Hq, D] with all sequences' queries packed one after another; k and v [T, Hk, D] packed likewise, or in
 the cache [Hk, pages, page_size, D]; out [T, Hq, D].
-Rounding: scores, mask and softmax in float32 (float64 stays); probabilities may round to the input dtype before the
+Rounding: scores, mask and softmax in float32 (float64 stays); probabilities round to the input dtype before the
 product with v, which accumulates in float32; one rounding at the end.
 Floor: decode reads 2 * L * Hk * D * itemsize bytes a sequence; prefill does 4 * Hq * D operations for each visible
 (query, key) pair.
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MASKED = float("-inf")
+from .rms_norm import wide
 
 
 def visible(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
@@ -91,17 +91,23 @@ def paged_attention_reference(
 
 
 def decode_attention_reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """One query a row over dense keys: q [R, Hq, D], k and v [Hk, R, L, D], bias [R or 1, L or 1] added to the scores.
+    """One query a row over dense keys: q [R, Hq, D], k and v [Hk * R, L, D] -> [R, Hq, D].
 
-    The bias hides (with -inf) what a row must not see: keys past its length or before its window.
+    `bias` [R or 1, 1, L or 1] is added to the scores and hides (with -inf) what a row must not see: keys past its
+    length or before its window. Keys and values lie head by head, so that views of the cache need no copy.
     """
     rows, num_heads, head_dim = q.shape
-    num_kv_heads = k.shape[0]
-    groups = num_heads // num_kv_heads
-    # A query group becomes the rows of one small matrix, so that no key is repeated and no cache is copied.
-    q = q.view(rows, num_kv_heads, groups, head_dim).transpose(0, 1).reshape(num_kv_heads * rows, groups, head_dim)
-    if bias.shape[0] > 1:
-        bias = bias.expand(num_kv_heads, *bias.shape).reshape(num_kv_heads * rows, 1, -1)
-    scores = torch.baddbmm(bias, q, k.flatten(0, 1).transpose(1, 2), alpha=scale)
-    out = torch.bmm(torch.softmax(scores, -1), v.flatten(0, 1))
-    return out.view(num_kv_heads, rows, groups, head_dim).transpose(0, 1).reshape(rows, num_heads, head_dim)
+    num_kv_heads = k.shape[0] // rows
+    # A group of query heads becomes the rows of one small matrix: no key is repeated.
+    q = q.reshape(rows, num_kv_heads, -1, head_dim)
+    if rows > 1:
+        q = q.transpose(0, 1).flatten(0, 1)
+        if bias.shape[0] > 1:
+            bias = bias.repeat(num_kv_heads, 1, 1)
+    else:
+        q = q.squeeze(0)
+    scores = torch.baddbmm(bias, wide(q), wide(k).transpose(1, 2), alpha=scale)
+    out = torch.bmm(torch.softmax(scores, -1).to(v.dtype), v)
+    if rows > 1:
+        out = out.view(num_kv_heads, rows, -1, head_dim).transpose(0, 1)
+    return out.reshape(rows, num_heads, head_dim)

@@ -45,14 +45,14 @@ def qk_norm_rope_reference(
     """The definition: packed QKV -> (q, k, v). `cos=None` leaves positions out, `norm=False` the QK-norm."""
     rotated = num_heads + num_kv_heads
     heads = qkv.view(qkv.shape[0], rotated + num_kv_heads, -1)
-    qk = heads[:, :rotated]
+    qk = heads.narrow(1, 0, rotated)
     if norm and norm_first:
         qk = rms_norm_reference(qk, weight, eps)
     if cos is not None and sin is not None:
         qk = rotate_reference(qk, cos, sin)
     if norm and not norm_first:
         qk = rms_norm_reference(qk, weight, eps)
-    return qk[:, :num_heads], qk[:, num_heads:], heads[:, rotated:]
+    return qk.narrow(1, 0, num_heads), qk.narrow(1, num_heads, num_kv_heads), heads.narrow(1, rotated, num_kv_heads)
 
 
 def cache_write_reference(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:

@@ -25,8 +25,8 @@ def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float | Tensor) ->
     x_wide = wide(x)
     if not isinstance(eps, Tensor):
         eps = torch.full((), eps, dtype=x_wide.dtype, device=x.device)
-    square_sum = torch.linalg.vecdot(x_wide, x_wide).unsqueeze(-1)
-    normalised = x_wide * torch.add(eps, square_sum, alpha=1.0 / x.shape[-1]).rsqrt()
+    length = torch.linalg.vector_norm(x_wide, 2, -1, True)
+    normalised = x_wide * torch.addcmul(eps, length, length, value=1.0 / x.shape[-1]).rsqrt_()
     if x_wide is not x:
         normalised = normalised.to(x.dtype)
     return normalised if weight is None else normalised * weight

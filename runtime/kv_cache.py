@@ -46,14 +46,14 @@ class KVCache:
         self.flat_values = [layer.flatten(1, 2) for layer in self.values]
         if self._dense:
             shape = (rows, per_row * PAGE_SIZE)
-            self._dense_keys = [layer.unflatten(1, shape) for layer in self.flat_keys]
-            self._dense_values = [layer.unflatten(1, shape) for layer in self.flat_values]
+            self._dense_keys = [layer.unflatten(1, shape).flatten(0, 1) for layer in self.flat_keys]
+            self._dense_values = [layer.unflatten(1, shape).flatten(0, 1) for layer in self.flat_values]
 
     def dense(self, slot: int, rows: Sequence[int], length: int) -> tuple[Tensor, Tensor] | None:
-        """Layer `slot`'s (keys, values) as [num_kv_heads, rows, length, head_dim] views, where the pages allow it."""
-        if not self._dense or len(rows) != len(self.lengths) or length > self._pages_per_row * PAGE_SIZE:
+        """Layer `slot`'s (keys, values) as [num_kv_heads * rows, length, head_dim] views, where the pages allow it."""
+        if not self._dense or len(rows) != len(self.lengths):
             return None
-        return self._dense_keys[slot][:, :, :length], self._dense_values[slot][:, :, :length]
+        return self._dense_keys[slot].narrow(1, 0, length), self._dense_values[slot].narrow(1, 0, length)
 
     def slots(self, rows: Sequence[int], counts: Sequence[int], positions: Tensor) -> Tensor:
         """Where the next `counts` tokens of each row go: int64 [T] into the flat pool.

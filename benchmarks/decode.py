@@ -1,0 +1,169 @@
+"""One decode step of whole models against its floor and against `transformers`, on the same weights.
+
+The floor is the step's bare matrix products: the same weights, shapes and number of rows, and nothing else. A step is
+timed beside its floor, in turn. `generate` of both libraries is timed from the same prompts to the same greedy tokens,
+which are compared before anything is timed.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tritium.runtime.batch import Batch
+from tritium.runtime.decoder import Decoder
+from tritium.runtime.errors import TritiumError
+from tritium.runtime.hf_config import config_from_spec
+from tritium.runtime.kv_cache import KVCache
+from tritium.runtime.loading import load_model, pick_device
+from tritium.runtime.registry import get_family
+from tritium.runtime.weight_map import WeightMap
+
+from .harness import Timing, environment, interleaved, table, write
+
+# Qwen3-shaped: a pocket model, where overhead shows, and one of 135M parameters, where matrices do.
+COMMON = {"num_layers": 30, "context_length": 2048, "norm_eps": 1e-6, "rope_base": 1e6, "rope_scaling": None}
+SHAPES: dict[str, dict[str, Any]] = {
+    "width 128": {
+        "embedding_dim": 128,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 32,
+        "hidden_dim": 384,
+        "vocab_size": 2048,
+    },
+    "width 576": {
+        "embedding_dim": 576,
+        "num_heads": 9,
+        "num_kv_heads": 3,
+        "head_dim": 64,
+        "hidden_dim": 1536,
+        "vocab_size": 49152,
+    },
+}
+BATCHES = (1, 8)
+PROMPT, STEPS, ROUNDS = 32, 48, 5
+
+
+def build(shape: dict[str, Any], device: torch.device) -> Decoder:
+    """A Qwen3 decoder of this shape in float32 with random weights."""
+    spec = get_family("qwen3").spec_from({**COMMON, **shape, "tie_embeddings": True, "dtype": "float32"}, "benchmark")
+    return load_model(spec, device=device, dtype="float32").initialise(std=0.1)
+
+
+def transformers_twin(model: Decoder) -> Any:
+    """`transformers`' model with the same weights."""
+    try:
+        from transformers import Qwen3Config, Qwen3ForCausalLM
+    except ImportError:
+        raise TritiumError("this benchmark compares with transformers: pip install 'tritium[dev]'") from None
+    family = get_family("qwen3")
+    config = Qwen3Config(**config_from_spec(family, model.config), bos_token_id=None, eos_token_id=None, pad_token_id=0)
+    twin = Qwen3ForCausalLM(config).to(model.device)
+    parameters = dict(model.named_parameters())
+    pieces = WeightMap(family, model.config, parameters.items()).pieces.values()
+    state = {piece.source: piece.read(parameters[piece.parameter].detach()) for piece in pieces}
+    missing, unexpected = twin.load_state_dict(state, strict=False)
+    assert not unexpected, unexpected
+    assert set(missing) <= {"lm_head.weight"}, missing  # tied
+    return twin.eval()
+
+
+def floor_step(model: Decoder, rows: int) -> Callable[[], None]:
+    """The bare matrix products of one decode step for `rows` rows."""
+    plan = model.bind()
+    weights = [w for layer in plan.layers for w in (layer.qkv.weight, layer.out.weight, layer.mlp.up.weight, layer.down.weight)]
+    weights.append(plan.head.weight)
+    inputs = {width: torch.randn(rows, width, device=model.device) for width in {w.shape[1] for w in weights}}
+    calls = [(inputs[weight.shape[1]], weight) for weight in weights]
+
+    @torch.inference_mode()
+    def step() -> None:
+        for x, weight in calls:
+            F.linear(x, weight)
+
+    return step
+
+
+def decode_step(model: Decoder, prompt: Tensor) -> Callable[[], None]:
+    """One more token for every row of a prefilled batch, from token ids to the next token ids."""
+    rows, length = prompt.shape
+    cache = KVCache(model.config, rows, 2048, torch.float32, model.device)
+    plan, every, ones = model.bind(), list(range(rows)), [1] * rows
+    with torch.inference_mode():
+        _, logits = model.run(plan, prompt.flatten(), Batch.appended(cache, every, [length] * rows), last_only=True)
+        state = {"tokens": logits.argmax(-1)}
+
+    @torch.inference_mode()
+    def step() -> None:
+        _, logits = model.run(plan, state["tokens"], Batch.appended(cache, every, ones), last_only=True)
+        state["tokens"] = logits.argmax(-1)
+
+    return step
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measures, prints the table, and writes the figures where asked."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = pick_device(options.device)
+    results = []
+    for name, shape in SHAPES.items():
+        model = build(shape, device)
+        twin = transformers_twin(model)
+        for rows in BATCHES:
+            results.append({"model": name, "batch": rows, **_measure(model, twin, rows, device)})
+            print(_table(results) if len(results) == len(SHAPES) * len(BATCHES) else f"{name}, batch {rows}: done", flush=True)
+    info = environment(device)
+    print(f"\n{info['device']}, {info['threads']} threads, {info['versions']}, float32, {PROMPT} + {STEPS} tokens, medians")
+    if options.json:
+        write(options.json, device, results)
+
+
+def _measure(model: Decoder, twin: Any, rows: int, device: torch.device) -> dict[str, Any]:
+    prompt = torch.randint(0, model.config.vocab_size, (rows, PROMPT), generator=torch.Generator().manual_seed(0)).to(device)
+    mask = torch.ones_like(prompt)
+
+    def ours() -> Tensor:
+        return model.generate(prompt, STEPS, temperature=0)
+
+    def theirs() -> Tensor:
+        return twin.generate(prompt, attention_mask=mask, max_new_tokens=STEPS, do_sample=False)
+
+    if not torch.equal(ours(), theirs()):
+        raise TritiumError("the greedy tokens differ from transformers': wrong results are not timed")
+    step = interleaved({"step": decode_step(model, prompt), "floor": floor_step(model, rows)}, 16 * ROUNDS, device, warm_up=8)
+    whole = interleaved({"tritium": ours, "transformers": theirs}, ROUNDS, device, warm_up=1)
+    return {
+        "step_us": _microseconds(step["step"]),
+        "matmuls_us": _microseconds(step["floor"]),
+        "step_over_matmuls": step["step"].p50 / step["floor"].p50,
+        "tokens_per_second": rows * STEPS / whole["tritium"].p50,
+        "transformers_tokens_per_second": rows * STEPS / whole["transformers"].p50,
+        "speedup": whole["transformers"].p50 / whole["tritium"].p50,
+    }
+
+
+def _microseconds(timing: Timing) -> dict[str, float]:
+    return {"p20": timing.p20 * 1e6, "p50": timing.p50 * 1e6, "p80": timing.p80 * 1e6}
+
+
+def _table(results: list[dict[str, Any]]) -> str:
+    header = ("Qwen3, 30 layers", "batch", "step us", "matmuls us", "step/matmuls", "tok/s", "transformers tok/s", "speedup")
+    rows = [header]
+    for row in results:
+        rows.append(
+            (
+                row["model"],
+                str(row["batch"]),
+                f"{row['step_us']['p50']:.0f}",
+                f"{row['matmuls_us']['p50']:.0f}",
+                f"{row['step_over_matmuls']:.2f}",
+                f"{row['tokens_per_second']:.0f}",
+                f"{row['transformers_tokens_per_second']:.0f}",
+                f"{row['speedup']:.2f}",
+            )
+        )
+    return table(rows)

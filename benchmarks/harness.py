@@ -1,0 +1,102 @@
+"""What every benchmark shares: interleaved timing, percentiles, and a record of where figures come from."""
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "triton", "transformers", "numpy")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds: the 20th, 50th and 80th percentile of a series."""
+
+    p20: float
+    p50: float
+    p80: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> "Timing":
+        ordered = sorted(seconds)
+        p20, p50, p80 = (ordered[round(share * (len(ordered) - 1))] for share in (0.2, 0.5, 0.8))
+        return cls(p20, p50, p80)
+
+
+def clock(device: torch.device) -> float:
+    """Now, in seconds, once the device has finished what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def interleaved(
+    contenders: dict[str, Callable[[], Any]], rounds: int, device: torch.device, warm_up: int = 3
+) -> dict[str, Timing]:
+    """Times the contenders in turn, so that a machine whose speed drifts does so for all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(warm_up + rounds):
+        for name, contender in contenders.items():
+            start = clock(device)
+            contender()
+            if number >= warm_up:
+                seconds[name].append(clock(device) - start)
+    return {name: Timing.of(series) for name, series in seconds.items()}
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Hardware, versions and commit: what a figure needs to mean anything."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The checkout's commit, marked where the tree differs from it; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned, the first to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    )
+
+
+def write(path: str, device: torch.device, results: Any) -> None:
+    """The figures with their environment, as JSON."""
+    record = {"environment": environment(device), "results": results}
+    Path(path).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,20 @@
+"""Shared fixtures. Tests run against the checkout, as `tritium`."""
+
+import os
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
+# Tiny models gain nothing from threads, and lose much to them when several tests or programs share the cores.
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` need one and are deselected without it, not skipped one by one."""
+    if torch.cuda.is_available():
+        return
+    kept = [item for item in items if "gpu" not in item.keywords]
+    if len(kept) != len(items):
+        config.hook.pytest_deselected(items=[item for item in items if "gpu" in item.keywords])
+        items[:] = kept

@@ -1,0 +1,290 @@
+"""Checkpoints saved by `transformers`, loaded and run by the runtime, against `transformers` on the same weights."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import tritium
+from torch import Tensor
+from transformers import PreTrainedModel
+from tritium.runtime.batch import Batch
+from tritium.runtime.checkpoint import load_weights, read_spec
+from tritium.runtime.decoder import Decoder
+from tritium.runtime.kv_cache import KVCache
+
+from tests import oracle
+
+EXACT = {"atol": 1e-5, "rtol": 1e-5}
+
+
+@dataclass
+class Pair:
+    """`transformers`' model and ours, from one folder."""
+
+    case: oracle.Case
+    directory: Path
+    theirs: PreTrainedModel
+    ours: Decoder
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.theirs(tokens).logits
+
+
+@pytest.fixture(scope="module", params=oracle.CASES, ids=str)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    directory = oracle.save(request.param, oracle.build(request.param), tmp_path_factory.mktemp("checkpoint"))
+    theirs = oracle.build(request.param)
+    ours, tokenizer, spec = tritium.load(directory, device="cpu")
+    assert tokenizer is None
+    assert spec.family == request.param.family
+    return Pair(request.param, directory, theirs, ours)
+
+
+def test_the_oracle_is_not_flat(pair: Pair) -> None:
+    """Logits spread by at least one and no attention row is uniform: an all-but-constant model would prove nothing."""
+    with torch.no_grad():
+        out = pair.theirs(oracle.tokens(2, 30), output_attentions=True)
+    assert out.logits.std(-1).mean() > 1
+    weights = torch.stack(out.attentions)[..., -1, :]  # the last query's, over 30 keys
+    assert weights.amax(-1).mean() > 3 / 30
+
+
+def test_logits_equal(pair: Pair) -> None:
+    x = oracle.tokens(3, 37)
+    out = pair.ours(x)
+    torch.testing.assert_close(out.logits, pair.logits(x), **EXACT)
+    with torch.no_grad():
+        hidden = pair.theirs.model(x).last_hidden_state
+    torch.testing.assert_close(out.hidden_states, hidden, **EXACT)
+
+
+def test_loss_equal(pair: Pair) -> None:
+    x = oracle.tokens(2, 21)
+    labels = x.clone()
+    labels[0, 5:9] = -100
+    with torch.no_grad():
+        expected = pair.theirs(x, labels=labels).loss
+    torch.testing.assert_close(pair.ours(x, labels=labels).loss, expected, **EXACT)
+
+
+def test_greedy_tokens_equal(pair: Pair) -> None:
+    x = oracle.tokens(3, 11)
+    expected = pair.theirs.generate(x, max_new_tokens=64, do_sample=False)
+    assert torch.equal(pair.ours.generate(x, 64, temperature=0), expected)
+    assert len(set(expected[0, 11:].tolist())) > 4  # not one token over and over
+
+
+@pytest.mark.parametrize("chunks", [[29], [28, 1], [1] * 29, [5, 1, 1, 12, 10]], ids=str)
+def test_cached_equals_full(pair: Pair, chunks: list[int]) -> None:
+    """Prefill, chunked prefill and decode through the cache give the full forward's logits."""
+    x = oracle.tokens(1, 29)
+    expected = pair.logits(x)[0]
+    cache = KVCache(pair.ours.config, 1, 40, torch.float32)
+    plan, done = pair.ours.bind(), 0
+    with torch.inference_mode():
+        for count in chunks:
+            batch = Batch.appended(cache, [0], [count])
+            _, logits = pair.ours.run(plan, x[0, done : done + count], batch)
+            torch.testing.assert_close(logits, expected[done : done + count], **EXACT)
+            done += count
+    assert cache.lengths == [29]
+
+
+def test_ragged_batch_equals_single_runs(pair: Pair) -> None:
+    """Rows of different lengths, one of a single token, generate what each generates alone."""
+    prompts = [row[:length].tolist() for row, length in zip(oracle.tokens(4, 33), (33, 1, 8, 20), strict=True)]
+    options = tritium.SamplingOptions(24, temperature=0)
+    from tritium.runtime.generation import generate
+
+    together = list(zip(*generate(pair.ours, prompts, options), strict=True))
+    for prompt, row in zip(prompts, together, strict=True):
+        alone = [new for (new,) in generate(pair.ours, [prompt], options)]
+        assert list(row) == alone
+        expected = pair.theirs.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)
+        assert alone == expected[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(pair: Pair, side: str) -> None:
+    """Padded rows, whatever token pads them, equal each row alone, in logits and in generated tokens."""
+    lengths, width = (17, 5, 12), 17
+    x, mask = torch.zeros(3, width, dtype=torch.int64), torch.zeros(3, width, dtype=torch.int64)
+    rows = [oracle.tokens(1, length, seed=length)[0] for length in lengths]
+    for index, row in enumerate(rows):
+        place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        x[index, place], mask[index, place] = row, 1
+    x[mask == 0] = 7
+    out = pair.ours(x, attention_mask=mask, labels=x)
+    generated = pair.ours.generate(x, 10, temperature=0, attention_mask=mask)
+    losses = []
+    for index, row in enumerate(rows):
+        expected = pair.logits(row.unsqueeze(0))[0]
+        torch.testing.assert_close(out.logits[index][mask[index] == 1], expected, **EXACT)
+        losses.append(torch.nn.functional.cross_entropy(expected[:-1], row[1:], reduction="sum"))
+        alone = pair.theirs.generate(row.unsqueeze(0), max_new_tokens=10, do_sample=False)
+        assert torch.equal(generated[index, width:], alone[0, len(row) :])
+    assert not out.logits[mask == 0].any()
+    torch.testing.assert_close(out.loss, torch.stack(losses).sum() / (sum(lengths) - 3), **EXACT)
+
+
+def test_gradients_equal(pair: Pair) -> None:
+    """The loss's gradient by the embedding equals transformers', with and without checkpointing."""
+    x = oracle.tokens(2, 13)
+    pair.theirs.zero_grad()
+    pair.theirs(x, labels=x).loss.backward()
+    expected = pair.theirs.get_input_embeddings().weight.grad
+    for checkpointing in (False, True):
+        pair.ours.zero_grad()
+        pair.ours.enable_gradient_checkpointing(checkpointing)
+        pair.ours(x, labels=x).loss.backward()
+        atol = 1e-5 * float(expected.abs().max())
+        torch.testing.assert_close(pair.ours.embedding.weight.grad, expected, atol=atol, rtol=0)
+    pair.ours.enable_gradient_checkpointing(False)
+
+
+def test_export_is_the_inverse_of_loading(pair: Pair, tmp_path: Path) -> None:
+    """Saved again, the checkpoint opens in transformers with the very same tensors, and in one or many files."""
+    tritium.save_pretrained(pair.ours, tmp_path / "single")
+    tritium.save_pretrained(pair.ours, tmp_path / "sharded", shard_bytes=50_000)
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    for name in ("single", "sharded"):
+        again = type(pair.theirs).from_pretrained(tmp_path / name, attn_implementation="eager")
+        state = again.state_dict()
+        for key, tensor in pair.theirs.state_dict().items():
+            assert torch.equal(state[key], tensor), key
+        x = oracle.tokens(1, 9)
+        assert torch.equal(again(x).logits, pair.logits(x))
+        assert read_spec(tmp_path / name) == pair.ours.config
+
+
+def test_half_precision_is_the_rounded_checkpoint(pair: Pair) -> None:
+    """dtype= converts each weight once, straight from the stream."""
+    ours, _, _ = tritium.load(pair.directory, dtype="bfloat16", device="cpu")
+    assert ours.dtype == torch.bfloat16
+    for name, parameter in pair.ours.named_parameters():
+        assert torch.equal(ours.get_parameter(name), parameter.to(torch.bfloat16)), name
+
+
+@pytest.mark.parametrize("pair", [case for case in oracle.CASES if case.tied], indirect=True, ids=str)
+def test_a_redundant_head_in_a_tied_checkpoint_is_ignored(pair: Pair, tmp_path: Path) -> None:
+    """Published tied files may still hold lm_head.weight: the embedding is the head all the same."""
+    from safetensors.torch import load_file, save_file
+
+    tritium.save_pretrained(pair.ours, tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state["lm_head.weight"] = torch.zeros_like(state["model.embed_tokens.weight"])
+    save_file(state, tmp_path / "model.safetensors")
+    again, _, _ = tritium.load(tmp_path, device="cpu")
+    x = oracle.tokens(1, 9)
+    assert torch.equal(again(x).logits, pair.ours(x).logits)
+
+
+# ---- Mutations: what is wrong by one tensor, one position or one swap must not pass the comparison above ----
+
+
+@pytest.fixture(scope="module", params=["qwen3", "mobilellm"])
+def victim(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    case = oracle.Case(request.param, 6, 2, 16, tied=request.param == "mobilellm")
+    theirs = oracle.build(case)
+    directory = oracle.save(case, theirs, tmp_path_factory.mktemp("victim"))
+    return Pair(case, directory, theirs, tritium.load(directory, device="cpu")[0])
+
+
+def caught(pair: Pair, mutate: Callable[[Decoder], None]) -> bool:
+    """Whether the logits comparison fails once `mutate` changed a fresh copy of our model."""
+    with torch.device("meta"):
+        mutant = Decoder(pair.ours.config)
+    load_weights(mutant, pair.directory, progress=False)
+    x = oracle.tokens(2, 19)
+    expected = pair.logits(x)
+    torch.testing.assert_close(mutant(x).logits, expected, **EXACT)
+    with torch.no_grad():
+        mutate(mutant)
+        found = mutant(x).logits
+    return not torch.allclose(found, expected, **EXACT)
+
+
+def test_every_perturbed_tensor_is_caught(victim: Pair) -> None:
+    """One part in a hundred on any single parameter shows."""
+    for name, parameter in victim.ours.named_parameters():
+        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+
+        def perturb(model: Decoder, name: str = name, noise: Tensor = noise) -> None:
+            weight = model.get_parameter(name)
+            weight += 0.01 * weight.std() * noise
+
+        assert caught(victim, perturb), name
+
+
+def _swap_gate_and_up(model: Decoder) -> None:
+    weight = model.stack.layers[1].mlp.up.weight
+    weight.copy_(weight.roll(weight.shape[0] // 2, 0))
+
+
+def _permute_kv_heads(model: Decoder) -> None:
+    attention = model.stack.layers[1].attention
+    heads = attention.qkv.weight.unflatten(0, (-1, attention.head_dim)).clone()
+    first = attention.num_heads  # k heads first:first + kv, v heads after them
+    heads[[first, first + 1, first + 2, first + 3]] = heads[[first + 1, first, first + 3, first + 2]]
+    attention.qkv.weight.copy_(heads.flatten(0, 1))
+
+
+def _swap_k_and_v(model: Decoder) -> None:
+    attention = model.stack.layers[0].attention
+    width = attention.num_kv_heads * attention.head_dim
+    weight = attention.qkv.weight
+    weight[-2 * width :] = weight[-2 * width :].roll(width, 0)
+
+
+def _shift_frequencies(model: Decoder) -> None:
+    rotary = model.stack.layers[0].attention.rotary
+    rotary.table(torch.device("cpu")).copy_(rotary.table(torch.device("cpu")).roll(1, -1))
+
+
+def _interleave_instead_of_halves(model: Decoder) -> None:
+    attention = model.stack.layers[0].attention
+    rows = (attention.num_heads + attention.num_kv_heads) * attention.head_dim
+    weight = attention.qkv.weight
+    weight[:rows] = weight[:rows].unflatten(0, (-1, 2, attention.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _stretch_positions(model: Decoder) -> None:
+    table = model.stack.layers[0].attention.rotary.table(torch.device("cpu"))
+    table[10:] = table[9:-1].clone()  # every position from 10 on is one too small
+
+
+def _wrong_eps(model: Decoder) -> None:
+    for block in model.stack.layers:
+        block.attention.norm_eps = 1e-2
+
+
+@pytest.mark.parametrize(
+    "mutate",
+    [
+        _swap_gate_and_up,
+        _permute_kv_heads,
+        _swap_k_and_v,
+        _shift_frequencies,
+        _interleave_instead_of_halves,
+        _stretch_positions,
+        _wrong_eps,
+    ],
+)
+def test_mutations_are_caught(victim: Pair, mutate: Callable[[Decoder], None]) -> None:
+    assert caught(victim, mutate)
+
+
+def test_a_position_off_by_one_in_decode_is_caught(victim: Pair) -> None:
+    """A decode step rotated for the next position differs from the full forward."""
+    x = oracle.tokens(1, 12)
+    cache = KVCache(victim.ours.config, 1, 20, torch.float32)
+    plan = victim.ours.bind()
+    with torch.inference_mode():
+        victim.ours.run(plan, x[0, :11], Batch.appended(cache, [0], [11]))
+        batch = Batch.appended(cache, [0], [1])
+        batch.positions = batch.positions + 1
+        _, logits = victim.ours.run(plan, x[0, 11:], batch)
+    assert not torch.allclose(logits[0], victim.logits(x)[0, 11], **EXACT)
