@@ -74,7 +74,9 @@ def transformers_twin(model: Decoder) -> Any:
 def floor_step(model: Decoder, rows: int) -> Callable[[], None]:
     """The bare matrix products of one decode step for `rows` rows."""
     plan = model.bind()
-    weights = [w for layer in plan.layers for w in (layer.qkv.weight, layer.out.weight, layer.mlp.up.weight, layer.down.weight)]
+    weights = [
+        w for layer in plan.layers for w in (layer.qkv.weight, layer.out.weight, layer.mlp.up.weight, layer.down.weight)
+    ]
     weights.append(plan.head.weight)
     inputs = {width: torch.randn(rows, width, device=model.device) for width in {w.shape[1] for w in weights}}
     calls = [(inputs[weight.shape[1]], weight) for weight in weights]
@@ -115,15 +117,22 @@ def run(options: argparse.Namespace) -> None:
         twin = transformers_twin(model)
         for rows in BATCHES:
             results.append({"model": name, "batch": rows, **_measure(model, twin, rows, device)})
-            print(_table(results) if len(results) == len(SHAPES) * len(BATCHES) else f"{name}, batch {rows}: done", flush=True)
+            print(
+                _table(results) if len(results) == len(SHAPES) * len(BATCHES) else f"{name}, batch {rows}: done",
+                flush=True,
+            )
     info = environment(device)
-    print(f"\n{info['device']}, {info['threads']} threads, {info['versions']}, float32, {PROMPT} + {STEPS} tokens, medians")
+    print(
+        f"\n{info['device']}, {info['threads']} threads, {info['versions']}, float32, {PROMPT} + {STEPS} tokens, medians"
+    )
     if options.json:
         write(options.json, device, results)
 
 
 def _measure(model: Decoder, twin: Any, rows: int, device: torch.device) -> dict[str, Any]:
-    prompt = torch.randint(0, model.config.vocab_size, (rows, PROMPT), generator=torch.Generator().manual_seed(0)).to(device)
+    prompt = torch.randint(0, model.config.vocab_size, (rows, PROMPT), generator=torch.Generator().manual_seed(0)).to(
+        device
+    )
     mask = torch.ones_like(prompt)
 
     def ours() -> Tensor:
@@ -134,7 +143,9 @@ def _measure(model: Decoder, twin: Any, rows: int, device: torch.device) -> dict
 
     if not torch.equal(ours(), theirs()):
         raise TritiumError("the greedy tokens differ from transformers': wrong results are not timed")
-    step = interleaved({"step": decode_step(model, prompt), "floor": floor_step(model, rows)}, 16 * ROUNDS, device, warm_up=8)
+    step = interleaved(
+        {"step": decode_step(model, prompt), "floor": floor_step(model, rows)}, 16 * ROUNDS, device, warm_up=8
+    )
     whole = interleaved({"tritium": ours, "transformers": theirs}, ROUNDS, device, warm_up=1)
     return {
         "step_us": _microseconds(step["step"]),
@@ -151,7 +162,16 @@ def _microseconds(timing: Timing) -> dict[str, float]:
 
 
 def _table(results: list[dict[str, Any]]) -> str:
-    header = ("Qwen3, 30 layers", "batch", "step us", "matmuls us", "step/matmuls", "tok/s", "transformers tok/s", "speedup")
+    header = (
+        "Qwen3, 30 layers",
+        "batch",
+        "step us",
+        "matmuls us",
+        "step/matmuls",
+        "tok/s",
+        "transformers tok/s",
+        "speedup",
+    )
     rows = [header]
     for row in results:
         rows.append(

@@ -35,19 +35,13 @@ def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int], scale: float, window: int | None = None
 ) -> Tensor:
     """Prefill and training: every sequence attends to its own new keys. `starts` [rows + 1] bounds the sequences."""
-    lengths = [end - start for start, end in zip(starts, starts[1:], strict=False)]
-    if lengths and min(lengths) == max(lengths) and len(lengths) > 1:  # equal lengths: one call for all rows
-        rows = (len(lengths), lengths[0])
-        out = _attend(*(x.unflatten(0, rows) for x in (q, k, v)), scale, window)
-        return out.flatten(0, 1)
-    out = torch.empty_like(q) if not q.requires_grad else None
-    parts = []
-    for start, end in zip(starts, starts[1:], strict=False):
-        part = _attend(*(x[start:end].unsqueeze(0) for x in (q, k, v)), scale, window).squeeze(0)
-        parts.append(part)
-        if out is not None:
-            out[start:end] = part
-    return torch.cat(parts) if out is None and parts else q.new_empty(q.shape) if out is None else out
+    rows = list(zip(starts, starts[1:], strict=False))
+    lengths = {end - start for start, end in rows}
+    if len(lengths) == 1:  # one call for all rows
+        shape = (len(rows), lengths.pop(), -1, q.shape[-1])
+        return _attend(q.reshape(shape), k.reshape(shape), v.reshape(shape), scale, window).reshape(q.shape)
+    parts = [_attend(q[None, a:b], k[None, a:b], v[None, a:b], scale, window).squeeze(0) for a, b in rows]
+    return torch.cat(parts) if parts else torch.empty_like(q)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:

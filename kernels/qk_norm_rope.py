@@ -52,10 +52,14 @@ def qk_norm_rope_reference(
         qk = rotate_reference(qk, cos, sin)
     if norm and not norm_first:
         qk = rms_norm_reference(qk, weight, eps)
-    return qk.narrow(1, 0, num_heads), qk.narrow(1, num_heads, num_kv_heads), heads.narrow(1, rotated, num_kv_heads)
+    q, k = qk.split_with_sizes((num_heads, num_kv_heads), 1)
+    return q, k, heads.narrow(1, rotated, num_kv_heads)
 
 
 def cache_write_reference(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    """Stores k and v [T, Hk, D] at `slots` [T] (page * page_size + offset) of the flat caches [Hk, slots, D], in place."""
-    k_cache.index_copy_(1, slots, k.transpose(0, 1))
-    v_cache.index_copy_(1, slots, v.transpose(0, 1))
+    """Stores k and v [T, Hk, D] at `slots` [T] (page * page_size + offset) of the caches, in place.
+
+    The caches are seen token by token, [all slots, Hk, D]; in memory a page of one head is contiguous.
+    """
+    k_cache.index_copy_(0, slots, k)
+    v_cache.index_copy_(0, slots, v)

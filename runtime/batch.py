@@ -63,14 +63,11 @@ class Batch:
         """Most keys of any row."""
         return max(self.lengths)
 
-
     def rope(self, rotary: RotaryEmbedding, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Full-width (cos, sin) rows [T, 1, D] for this batch's positions, computed once a forward."""
         if dtype not in self._rope:
             if self.lengths and self.longest > rotary.context_length:
-                raise TritiumError(
-                    f"{self.longest} positions exceed the context length of {rotary.context_length}"
-                )
+                raise TritiumError(f"{self.longest} positions exceed the context length of {rotary.context_length}")
             self._rope[dtype] = rope_rows(*rotary.rows(self.positions, dtype))
         return self._rope[dtype]
 

@@ -65,9 +65,7 @@ def weight_files(directory: Path) -> list[Path]:
     raise TritiumError(f"{directory}: has no {SINGLE} or {INDEX}")
 
 
-def load_weights(
-    model: Decoder, directory: Path, progress: bool = True, device: torch.device | str = "cpu"
-) -> None:
+def load_weights(model: Decoder, directory: Path, progress: bool = True, device: torch.device | str = "cpu") -> None:
     """Streams a checkpoint into a model that was built on the meta device: one tensor at a time, straight to `device`.
 
     Every parameter is filled exactly once and every tensor used or ignored by name; otherwise one TritiumError says

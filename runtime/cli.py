@@ -18,9 +18,9 @@ class Parser(argparse.ArgumentParser):
 
 def _parser() -> Parser:
     parser = Parser(prog="tritium", description="Run Qwen and MobileLLM models on Triton kernels or plain PyTorch.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
-    source = argparse.ArgumentParser(add_help=False)
+    source = Parser(add_help=False)
     where = source.add_argument_group("model (the bundled one, where none is named)")
     where.add_argument("--model", metavar="FAMILY", help="a family, such as qwen3 (see `tritium models`)")
     where.add_argument("--size", help="a size of that family, such as 0.6B; the family's default where absent")
@@ -30,7 +30,7 @@ def _parser() -> Parser:
     where.add_argument("--dtype", default="auto", help="bfloat16, float16 or float32; auto: float32 on a CPU")
     where.add_argument("--backend", default="auto", help="auto, triton or torch")
 
-    sampling = argparse.ArgumentParser(add_help=False)
+    sampling = Parser(add_help=False)
     how = sampling.add_argument_group("sampling (the checkpoint's own defaults, where not given)")
     how.add_argument("--max-new-tokens", type=int, metavar="N", help="stop after N tokens (generate 100, chat 512)")
     how.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token always")
@@ -109,7 +109,9 @@ def _show(pieces: Iterable[str], options: argparse.Namespace) -> str:
         return "".join(shown)
     from tqdm import tqdm
 
-    text = "".join(tqdm(pieces, desc="Generating", unit=" tokens", delay=1, leave=False, disable=not sys.stderr.isatty()))
+    text = "".join(
+        tqdm(pieces, desc="Generating", unit=" tokens", delay=1, leave=False, disable=not sys.stderr.isatty())
+    )
     print(text)
     return text
 

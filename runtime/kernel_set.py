@@ -68,7 +68,7 @@ def _qk_norm_rope_cache(qkv: Tensor, attention: Attention, batch: Batch) -> tupl
         attention.qk_norm_first,
     )
     if batch.cache is not None and batch.slots is not None:
-        keys, values = batch.cache.flat_keys[attention.slot], batch.cache.flat_values[attention.slot]
+        keys, values = batch.cache.slot_keys[attention.slot], batch.cache.slot_values[attention.slot]
         cache_write_reference(k, v, keys, values, batch.slots)
     return q, k, v
 

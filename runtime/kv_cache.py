@@ -30,7 +30,9 @@ class KVCache:
         num_pages = rows * self._pages_per_row
         # Zeroed: masked keys still meet a probability of 0 in the product, and 0 * NaN would be NaN.
         pool = torch.zeros(
-            (spec.num_cache_slots, 2, spec.num_kv_heads, num_pages, PAGE_SIZE, spec.head_dim), dtype=dtype, device=device
+            (spec.num_cache_slots, 2, spec.num_kv_heads, num_pages, PAGE_SIZE, spec.head_dim),
+            dtype=dtype,
+            device=device,
         )
         self.keys = [layer[0] for layer in pool]
         self.values = [layer[1] for layer in pool]
@@ -41,13 +43,13 @@ class KVCache:
         self.page_table = page_table.to(self.device)
         rows, per_row = page_table.shape
         self._dense = bool((page_table.flatten() == torch.arange(rows * per_row)).all())
-        # The flat views of every layer, made once: making a view costs as much as a small operation.
-        self.flat_keys = [layer.flatten(1, 2) for layer in self.keys]
-        self.flat_values = [layer.flatten(1, 2) for layer in self.values]
+        # The views of every layer are made once: making one costs as much as a small operation.
+        self.slot_keys = [layer.flatten(1, 2).transpose(0, 1) for layer in self.keys]
+        self.slot_values = [layer.flatten(1, 2).transpose(0, 1) for layer in self.values]
         if self._dense:
-            shape = (rows, per_row * PAGE_SIZE)
-            self._dense_keys = [layer.unflatten(1, shape).flatten(0, 1) for layer in self.flat_keys]
-            self._dense_values = [layer.unflatten(1, shape).flatten(0, 1) for layer in self.flat_values]
+            shape = (-1, per_row * PAGE_SIZE, self.keys[0].shape[-1])
+            self._dense_keys = [layer.view(shape) for layer in self.keys]
+            self._dense_values = [layer.view(shape) for layer in self.values]
 
     def dense(self, slot: int, rows: Sequence[int], length: int) -> tuple[Tensor, Tensor] | None:
         """Layer `slot`'s (keys, values) as [num_kv_heads * rows, length, head_dim] views, where the pages allow it."""

@@ -208,7 +208,7 @@ class TransformerBlock(nn.Module):
         batch = Batch.fresh(padding.counts, hidden_states.device)
         layer, pending = self.bind(None, 0)
         x = run_layer(padding.pack(hidden_states), layer, batch, REFERENCE)
-        return padding.unpack(x if pending is None else normalise(x, pending)[1])
+        return padding.unpack(normalise(x, pending)[1])
 
     def bind(self, pending: plan.Norm | None, slot: int) -> tuple[plan.Layer, plan.Norm | None]:
         """This block's plan, and the norm that it leaves for whatever comes next.
@@ -253,11 +253,11 @@ class TransformerDecoder(nn.Module):
         spec = as_spec(config)
         self.layer_repeat = spec.layer_repeat
         rotary = rotary_of(spec)
-        self.layers = nn.ModuleList(
-            TransformerBlock(spec, index, rotary=rotary) for index in range(spec.num_layers)
-        )
+        self.layers = nn.ModuleList(TransformerBlock(spec, index, rotary=rotary) for index in range(spec.num_layers))
         norm = RMSNorm if spec.norm == "rms" else LayerNorm
-        self.norm = None if spec.residual == "post_norm" else norm(spec.embedding_dim, spec.norm_eps)
+        self.norm: RMSNorm | LayerNorm | None = (
+            None if spec.residual == "post_norm" else norm(spec.embedding_dim, spec.norm_eps)
+        )
         self.gradient_checkpointing = False
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -266,7 +266,7 @@ class TransformerDecoder(nn.Module):
         batch = Batch.fresh(padding.counts, hidden_states.device)
         layers, norm = self.bind()
         x = self.run(padding.pack(hidden_states), layers, batch, REFERENCE)
-        return padding.unpack(x if norm is None else normalise(x, norm)[1])
+        return padding.unpack(normalise(x, norm)[1])
 
     def bind(self) -> tuple[tuple[plan.Layer, ...], plan.Norm | None]:
         """Every execution of a block in order, and the norm that comes last."""

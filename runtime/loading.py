@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .checkpoint import load_weights, read_spec
+from .checkpoint import allocate, load_weights, read_spec
 from .decoder import Decoder
 from .errors import TritiumError, nearest
 from .files import read_yaml
@@ -98,8 +98,6 @@ def load_model(
     """A model of this spec with random weights. `model_type`, where given, must be the spec's family."""
     if model_type is not None and get_family(model_type).name != config.family:
         raise TritiumError(f"model_type {model_type!r} does not fit a spec of the family {config.family!r}")
-    from .checkpoint import allocate
-
     device = pick_device(device)
     with torch.device("meta"):
         model = Decoder(config, backend).to(_pick_dtype(dtype, config, device))
@@ -145,9 +143,9 @@ def resolve_checkpoint(name: str, variant: str | None = None, progress: bool = T
 
 
 def download(repository: str, progress: bool = True) -> Path:
-    """A hub repository's local snapshot, downloaded where it is not cached (HF_HOME, HF_TOKEN and HF_HUB_OFFLINE hold)."""
+    """A hub repository's local snapshot, downloaded where not cached. HF_HOME, HF_TOKEN and HF_HUB_OFFLINE hold."""
     import huggingface_hub
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not progress:
         disable_progress_bars()

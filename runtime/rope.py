@@ -40,8 +40,9 @@ class RopeScaling:
             problem = f"lacks {', '.join(missing)}" if missing else f"has the unknown key {unknown[0]!r}"
             raise TritiumError(f"{where}: {rope_type} {problem}; it takes {', '.join((*needed, *optional))}")
         for key, value in values.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) and not (value is None and key in optional):
-                raise TritiumError(f"{where}.{key}: must be a number, got {value!r}")
+            if (value is None and key in optional) or (isinstance(value, int | float) and not isinstance(value, bool)):
+                continue
+            raise TritiumError(f"{where}.{key}: must be a number, got {value!r}")
         return cls(rope_type, tuple((key, values.get(key, optional.get(key))) for key in (*needed, *optional)))
 
     def as_dict(self) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def inverse_frequencies(head_dim: int, base: float, scaling: RopeScaling | None 
 
 
 class RotaryEmbedding:
-    """cos and sin of every position of a context: float32 [context_length, 2, head_dim / 2] on each device asked for."""
+    """cos and sin of every position: float32 [context_length, 2, head_dim / 2], on each device asked for."""
 
     def __init__(self, head_dim: int, base: float, context_length: int, scaling: RopeScaling | None = None) -> None:
         self.context_length = context_length

@@ -119,7 +119,7 @@ class ModelSpec:
         return values
 
 
-_FIELDS: dict[str, Any] = {name: kind for name, kind in get_type_hints(ModelSpec).items()}
+_FIELDS: dict[str, Any] = dict(get_type_hints(ModelSpec))
 assert list(_FIELDS) == [field.name for field in dataclasses.fields(ModelSpec)]
 
 

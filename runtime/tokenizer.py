@@ -1,4 +1,4 @@
-"""Text to token ids and back: a checkpoint's tokenizer.json, its chat template, and streaming that is always whole text."""
+"""Text to token ids and back: a checkpoint's tokenizer.json, its chat template, and streaming in whole characters."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,8 +12,8 @@ import jinja2.nodes
 import jinja2.sandbox
 from tokenizers import Tokenizer as FastTokenizer
 
-from .files import read_json
 from .errors import TritiumError
+from .files import read_json
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -65,7 +65,8 @@ def render_chat(template: str, messages: Messages, where: str = "chat template",
     except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
         if isinstance(error, TritiumError):
             raise
-        raise TritiumError(f"{where}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from None
+        reason = (str(error) or "no reason given").splitlines()[0]
+        raise TritiumError(f"{where}: {type(error).__name__}: {reason}") from None
     return "".join(pieces)
 
 
@@ -109,8 +110,8 @@ class Tokenizer:
             read_json(directory / name) if (directory / name).is_file() else {}
             for name in ("tokenizer_config.json", "generation_config.json", "config.json")
         )
-        special = {key: _token_text(config.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        special = {key: text for key, text in special.items() if text is not None}
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        special = {name: text for name in names if (text := _token_text(config.get(name))) is not None}
         eos = {*_ids(generation.get("eos_token_id")), *_ids(model.get("eos_token_id"))}
         if not eos and "eos_token" in special:
             eos = {token for token in [fast.token_to_id(special["eos_token"])] if token is not None}
@@ -119,8 +120,7 @@ class Tokenizer:
             chat_template=_chat_template(directory, config),
             special=special,
             eos_ids=sorted(eos),
-            defaults={key: generation[key] for key in ("temperature", "top_k", "top_p") if key in generation}
-            | ({"temperature": 0.0} if generation.get("do_sample") is False else {}),
+            defaults=_sampling_defaults(generation),
             where=str(directory),
         )
 
@@ -211,6 +211,13 @@ class StreamDecoder:
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that begins `stop`."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def _sampling_defaults(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """What generation_config.json says of sampling, as SamplingOptions takes it."""
+    if generation.get("do_sample") is False:
+        return {"temperature": 0.0}
+    return {name: generation[name] for name in ("temperature", "top_k", "top_p") if generation.get(name) is not None}
 
 
 def _token_text(value: Any) -> str | None:
