@@ -6,6 +6,7 @@ which are compared before anything is timed.
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -74,10 +75,8 @@ def transformers_twin(model: Decoder) -> Any:
 def floor_step(model: Decoder, rows: int) -> Callable[[], None]:
     """The bare matrix products of one decode step for `rows` rows."""
     plan = model.bind()
-    weights = [
-        w for layer in plan.layers for w in (layer.qkv.weight, layer.out.weight, layer.mlp.up.weight, layer.down.weight)
-    ]
-    weights.append(plan.head.weight)
+    dense = [part for layer in plan.layers for part in (layer.qkv, layer.out, layer.mlp.up, layer.down)]
+    weights = [part.weight for part in (*dense, plan.head)]
     inputs = {width: torch.randn(rows, width, device=model.device) for width in {w.shape[1] for w in weights}}
     calls = [(inputs[weight.shape[1]], weight) for weight in weights]
 
@@ -117,22 +116,18 @@ def run(options: argparse.Namespace) -> None:
         twin = transformers_twin(model)
         for rows in BATCHES:
             results.append({"model": name, "batch": rows, **_measure(model, twin, rows, device)})
-            print(
-                _table(results) if len(results) == len(SHAPES) * len(BATCHES) else f"{name}, batch {rows}: done",
-                flush=True,
-            )
+            print(f"{name}, batch {rows}: measured", file=sys.stderr, flush=True)
     info = environment(device)
-    print(
-        f"\n{info['device']}, {info['threads']} threads, {info['versions']}, float32, {PROMPT} + {STEPS} tokens, medians"
-    )
+    print(_table(results))
+    print(f"\nfloat32, {PROMPT} tokens in and {STEPS} out, medians, on {info['device']}, {info['threads']} threads,")
+    print(", ".join(f"{name} {version}" for name, version in info["versions"].items()))
     if options.json:
         write(options.json, device, results)
 
 
 def _measure(model: Decoder, twin: Any, rows: int, device: torch.device) -> dict[str, Any]:
-    prompt = torch.randint(0, model.config.vocab_size, (rows, PROMPT), generator=torch.Generator().manual_seed(0)).to(
-        device
-    )
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(0, model.config.vocab_size, (rows, PROMPT), generator=generator).to(device)
     mask = torch.ones_like(prompt)
 
     def ours() -> Tensor:
@@ -143,9 +138,8 @@ def _measure(model: Decoder, twin: Any, rows: int, device: torch.device) -> dict
 
     if not torch.equal(ours(), theirs()):
         raise TritiumError("the greedy tokens differ from transformers': wrong results are not timed")
-    step = interleaved(
-        {"step": decode_step(model, prompt), "floor": floor_step(model, rows)}, 16 * ROUNDS, device, warm_up=8
-    )
+    steps = {"step": decode_step(model, prompt), "floor": floor_step(model, rows)}
+    step = interleaved(steps, 16 * ROUNDS, device, warm_up=8)
     whole = interleaved({"tritium": ours, "transformers": theirs}, ROUNDS, device, warm_up=1)
     return {
         "step_us": _microseconds(step["step"]),
@@ -162,17 +156,8 @@ def _microseconds(timing: Timing) -> dict[str, float]:
 
 
 def _table(results: list[dict[str, Any]]) -> str:
-    header = (
-        "Qwen3, 30 layers",
-        "batch",
-        "step us",
-        "matmuls us",
-        "step/matmuls",
-        "tok/s",
-        "transformers tok/s",
-        "speedup",
-    )
-    rows = [header]
+    names = "Qwen3, 30 layers|batch|step us|matmuls us|step/matmuls|tok/s|transformers tok/s|speedup"
+    rows = [tuple(names.split("|"))]
     for row in results:
         rows.append(
             (

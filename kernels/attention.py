@@ -15,6 +15,7 @@ Floor: decode reads 2 * L * Hk * D * itemsize bytes a sequence; prefill does 4 *
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +36,9 @@ def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int], scale: float, window: int | None = None
 ) -> Tensor:
     """Prefill and training: every sequence attends to its own new keys. `starts` [rows + 1] bounds the sequences."""
-    rows = list(zip(starts, starts[1:], strict=False))
+    rows = list(pairwise(starts))
     lengths = {end - start for start, end in rows}
-    if len(lengths) == 1:  # one call for all rows
+    if len(lengths) == 1 and q.numel():  # one call for all rows
         shape = (len(rows), lengths.pop(), -1, q.shape[-1])
         return _attend(q.reshape(shape), k.reshape(shape), v.reshape(shape), scale, window).reshape(q.shape)
     parts = [_attend(q[None, a:b], k[None, a:b], v[None, a:b], scale, window).squeeze(0) for a, b in rows]
@@ -91,6 +92,8 @@ def decode_attention_reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, sc
     length or before its window. Keys and values lie head by head, so that views of the cache need no copy.
     """
     rows, num_heads, head_dim = q.shape
+    if not rows:
+        return torch.empty_like(q)
     num_kv_heads = k.shape[0] // rows
     # A group of query heads becomes the rows of one small matrix: no key is repeated.
     q = q.reshape(rows, num_kv_heads, -1, head_dim)

@@ -10,7 +10,7 @@ For every token t and every head h of q and k, with x = qkv[t, h] of D elements 
 Shapes: qkv [T, (Hq + 2 Hk) * D], heads in the order q, k, v; cos and sin [T, 1, D] (see `rope_rows`);
 weight [Hq + Hk, D] (q's vector repeated for its heads, then k's) or None; q [T, Hq, D], k and v [T, Hk, D].
 Rounding: the norm as in rms_norm.py. The rotation happens in cos's dtype: give cos and sin in the model dtype
-for Qwen and Llama (each product and the sum round), in float32 for MobileLLM-R1 (one rounding, back to the model dtype).
+for Qwen and Llama (each product and the sum round), in float32 for MobileLLM-R1 (one rounding, to the model dtype).
 Floor: 2 * numel(q, k) * itemsize bytes, and numel(v) * itemsize twice more when K and V go to the cache.
 """
 
@@ -28,7 +28,10 @@ def rope_rows(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
 def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The rotation alone. x [T, H, D]; cos and sin as `rope_rows` gives them."""
     wide = x if x.dtype == cos.dtype else x.to(cos.dtype)
-    return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+    half = wide.roll(x.shape[-1] // 2, -1)
+    if wide.dtype in (torch.bfloat16, torch.float16):
+        return wide * cos + half * sin
+    return torch.addcmul(wide * cos, half, sin).to(x.dtype)
 
 
 def qk_norm_rope_reference(
@@ -44,7 +47,7 @@ def qk_norm_rope_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The definition: packed QKV -> (q, k, v). `cos=None` leaves positions out, `norm=False` the QK-norm."""
     rotated = num_heads + num_kv_heads
-    heads = qkv.view(qkv.shape[0], rotated + num_kv_heads, -1)
+    heads = qkv.unflatten(1, (rotated + num_kv_heads, qkv.shape[1] // (rotated + num_kv_heads)))
     qk = heads.narrow(1, 0, rotated)
     if norm and norm_first:
         qk = rms_norm_reference(qk, weight, eps)

@@ -4,7 +4,7 @@
 
 Shapes: x [..., N], weight [N] or anything that broadcasts against x, y like x.
 Rounding: x is widened to float32 (float64 stays), normalised there, rounded to x's dtype, *then* multiplied by the
-weight, which rounds once more. This is the order of the published Qwen and Llama code; multiplying first changes tokens.
+weight, which rounds once more: the order of the published Qwen and Llama code. Multiplying first changes tokens.
 Floor: 2 * numel(x) * itemsize bytes moved (read x, write y) plus the weight; about 4 operations an element.
 """
 
@@ -12,8 +12,13 @@ import torch
 from torch import Tensor
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which statistics of `dtype` are taken: float32, or float64 for the truth."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def wide(x: Tensor) -> Tensor:
-    """x in the dtype in which its statistics are taken: float32, or float64 for the truth."""
+    """x in the dtype of its statistics."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 

@@ -46,8 +46,9 @@ def sample_reference(logits: Tensor, temperature: float, top_k: int, top_p: floa
     if uniform is None:
         raise ValueError("sampling at a temperature above 0 needs one uniform number a row")
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    # Shifting by the maximum first keeps tiny temperatures finite.
-    ordered, tokens = ((wide - wide.amax(-1, keepdim=True)) / temperature).sort(dim=-1, descending=True, stable=True)
+    ordered, tokens = wide.sort(dim=-1, descending=True, stable=True)
+    # Differences to the likeliest token stay finite at the smallest temperature.
+    ordered = (ordered - ordered[:, :1]) / max(temperature, torch.finfo(wide.dtype).tiny)
     if 0 < top_k < logits.shape[-1]:
         ordered, tokens = ordered[:, :top_k], tokens[:, :top_k]
     probabilities = ordered.softmax(-1)

@@ -109,9 +109,8 @@ def _show(pieces: Iterable[str], options: argparse.Namespace) -> str:
         return "".join(shown)
     from tqdm import tqdm
 
-    text = "".join(
-        tqdm(pieces, desc="Generating", unit=" tokens", delay=1, leave=False, disable=not sys.stderr.isatty())
-    )
+    quiet = not sys.stderr.isatty()
+    text = "".join(tqdm(pieces, desc="Generating", unit=" tokens", delay=1, leave=False, disable=quiet))
     print(text)
     return text
 

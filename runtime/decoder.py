@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -101,8 +102,7 @@ class Decoder(nn.Module):
         if last_only and not batch.is_decode:
             x = x[[end - 1 for end in batch.starts[1:]]]
         if batch.cache is not None:
-            counts = [end - start for start, end in zip(batch.starts, batch.starts[1:], strict=False)]
-            batch.cache.advance(batch.rows, counts)
+            batch.cache.advance(batch.rows, [end - start for start, end in pairwise(batch.starts)])
         return self.kernels.norm_head(x, plan.norm, plan.head)
 
     def generate(
@@ -159,5 +159,5 @@ def _next_labels(labels: Tensor, starts: Sequence[int]) -> Tensor:
     """Packed labels [T] shifted so that each token's is its successor's; a row's last has none."""
     shifted = torch.full_like(labels, IGNORE_INDEX)
     shifted[:-1] = labels[1:]
-    shifted[[end - 1 for start, end in zip(starts, starts[1:], strict=False) if end > start]] = IGNORE_INDEX
+    shifted[[end - 1 for start, end in pairwise(starts) if end > start]] = IGNORE_INDEX
     return shifted

@@ -9,7 +9,8 @@ import yaml
 from .errors import TritiumError
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A UTF-8 file's text. Raises TritiumError if it is missing or something else."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -23,7 +24,9 @@ def _read_text(path: Path) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises TritiumError if it is missing, malformed or something else."""
     try:
-        value = json.loads(_read_text(path))
+        value = json.loads(read_text(path))
+    except RecursionError:
+        raise TritiumError(f"{path}: nested too deeply") from None
     except json.JSONDecodeError as error:
         raise TritiumError(f"{path}: not valid JSON (line {error.lineno}: {error.msg})") from None
     if not isinstance(value, dict):
@@ -34,7 +37,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping from a file. Raises TritiumError if it is missing, malformed or something else."""
     try:
-        value = yaml.safe_load(_read_text(path))
+        value = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise TritiumError(f"{path}: not valid YAML{f' (line {mark.line + 1})' if mark else ''}") from None

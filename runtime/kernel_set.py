@@ -14,7 +14,7 @@ from ..kernels.attention import attention_reference, decode_attention_reference,
 from ..kernels.layer_norm import layer_norm_reference
 from ..kernels.linear import linear_reference, linear_residual_reference
 from ..kernels.qk_norm_rope import cache_write_reference, qk_norm_rope_reference
-from ..kernels.rms_norm import rms_norm_reference
+from ..kernels.rms_norm import rms_norm_reference, wide_dtype
 from ..kernels.swiglu import swiglu_reference
 from .batch import Batch
 from .errors import TritiumError, nearest
@@ -80,7 +80,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, attention: Attention, batch: Bat
     if cache is None or batch.is_fresh:
         out = attention_reference(q, k, v, batch.starts, scale, window)
     elif batch.is_decode and (dense := cache.dense(slot, batch.rows, batch.longest)) is not None:
-        out = decode_attention_reference(q, *dense, batch.decode_bias(window, q.dtype), scale)
+        out = decode_attention_reference(q, *dense, batch.decode_bias(window, wide_dtype(q.dtype)), scale)
     else:
         keys, values, table = cache.keys[slot], cache.values[slot], cache.page_table[list(batch.rows)]
         out = paged_attention_reference(q, keys, values, table, batch.starts, batch.lengths, scale, window)

@@ -29,11 +29,8 @@ class KVCache:
         self._pages_per_row = -(-capacity // PAGE_SIZE)
         num_pages = rows * self._pages_per_row
         # Zeroed: masked keys still meet a probability of 0 in the product, and 0 * NaN would be NaN.
-        pool = torch.zeros(
-            (spec.num_cache_slots, 2, spec.num_kv_heads, num_pages, PAGE_SIZE, spec.head_dim),
-            dtype=dtype,
-            device=device,
-        )
+        shape = (spec.num_cache_slots, 2, spec.num_kv_heads, num_pages, PAGE_SIZE, spec.head_dim)
+        pool = torch.zeros(shape, dtype=dtype, device=device)
         self.keys = [layer[0] for layer in pool]
         self.values = [layer[1] for layer in pool]
         self.assign_pages(torch.arange(num_pages).view(rows, self._pages_per_row))

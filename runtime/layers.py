@@ -254,14 +254,13 @@ class TransformerDecoder(nn.Module):
         self.layer_repeat = spec.layer_repeat
         rotary = rotary_of(spec)
         self.layers = nn.ModuleList(TransformerBlock(spec, index, rotary=rotary) for index in range(spec.num_layers))
-        norm = RMSNorm if spec.norm == "rms" else LayerNorm
-        self.norm: RMSNorm | LayerNorm | None = (
-            None if spec.residual == "post_norm" else norm(spec.embedding_dim, spec.norm_eps)
-        )
+        self.norm: RMSNorm | LayerNorm | None = None
+        if spec.residual == "pre_norm":
+            self.norm = (RMSNorm if spec.norm == "rms" else LayerNorm)(spec.embedding_dim, spec.norm_eps)
         self.gradient_checkpointing = False
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Embedded tokens [B, S, embed_dim], mask [B, S] -> hidden states after the final norm, zeros at the padding."""
+        """Embedded tokens [B, S, embed_dim], mask [B, S] -> the same after the stack, zeros at the padding."""
         padding = Padding.of(hidden_states, attention_mask)
         batch = Batch.fresh(padding.counts, hidden_states.device)
         layers, norm = self.bind()
@@ -273,6 +272,7 @@ class TransformerDecoder(nn.Module):
         layers = []
         pending: plan.Norm | None = None
         for index, block in enumerate(self.layers):
+            assert isinstance(block, TransformerBlock)
             for repeat in range(self.layer_repeat):
                 layer, pending = block.bind(pending, index * self.layer_repeat + repeat)
                 layers.append(layer)

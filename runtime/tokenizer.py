@@ -1,6 +1,5 @@
 """Text to token ids and back: a checkpoint's tokenizer.json, its chat template, and streaming in whole characters."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -9,11 +8,11 @@ from typing import Any
 import jinja2
 import jinja2.ext
 import jinja2.nodes
-import jinja2.sandbox
 from tokenizers import Tokenizer as FastTokenizer
 
 from .errors import TritiumError
-from .files import read_json
+from .files import read_json, read_text
+from .sandbox import Sandbox
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -36,11 +35,6 @@ def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    # jinja2's own filter escapes HTML, which models were not trained on.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-
-
 def render_chat(template: str, messages: Messages, where: str = "chat template", **variables: Any) -> str:
     """Renders a Hugging Face chat template in jinja2's immutable sandbox.
 
@@ -48,10 +42,7 @@ def render_chat(template: str, messages: Messages, where: str = "chat template",
     """
     if len(template) > MAX_TEMPLATE:
         raise TritiumError(f"{where}: {len(template)} characters, more than the {MAX_TEMPLATE} allowed")
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
-    )
-    environment.filters["tojson"] = _tojson
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation])
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     pieces: list[str] = []
@@ -62,9 +53,9 @@ def render_chat(template: str, messages: Messages, where: str = "chat template",
             if size > MAX_RENDERED:
                 raise TritiumError(f"{where}: renders to more than {MAX_RENDERED} characters")
             pieces.append(piece)
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
-        if isinstance(error, TritiumError):
-            raise
+    except TritiumError:
+        raise
+    except Exception as error:  # a template is foreign code: whatever it raises is its own mistake
         reason = (str(error) or "no reason given").splitlines()[0]
         raise TritiumError(f"{where}: {type(error).__name__}: {reason}") from None
     return "".join(pieces)
@@ -131,7 +122,10 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Special tokens' own spelling in it counts as those tokens."""
-        return list(self.fast.encode(text, add_special_tokens=add_special_tokens).ids)
+        try:
+            return list(self.fast.encode(text, add_special_tokens=add_special_tokens).ids)
+        except TypeError:  # half a surrogate pair, as a shell argument that is not UTF-8 brings it
+            raise TritiumError("the text is not valid Unicode: it holds half a surrogate pair") from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return str(self.fast.decode(list(ids), skip_special_tokens=skip_special_tokens))
@@ -163,6 +157,7 @@ class StreamDecoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        stop = (stop,) if isinstance(stop, str) else stop
         if any(not text for text in stop):
             raise TritiumError("stop: a stop string must not be empty")
         self._tokenizer = tokenizer
@@ -179,11 +174,11 @@ class StreamDecoder:
             return ""
         self._window.append(token)
         text = self._tokenizer.decode(self._window)
-        # A character whose bytes are not all there yet decodes as one U+FFFD at the end.
-        whole = text[:-1] if text.endswith("\ufffd") else text
+        # A character whose bytes are not all there yet decodes as one U+FFFD at the end, or as one for every byte.
+        whole = text.rstrip("\ufffd")
         piece = whole[self._emitted :]
         self._emitted += len(piece)
-        if whole is text:
+        if whole == text:
             self._window, self._context = self._window[self._context :], len(self._window) - self._context
             self._emitted = len(self._tokenizer.decode(self._window))
         return self._release(piece)
@@ -199,10 +194,11 @@ class StreamDecoder:
 
     def _release(self, text: str) -> str:
         text = self._pending + text
-        found = [text.find(stop) for stop in self._stop if stop in text]
+        # The first stop to be complete, of two at once the longer: the same however the text falls into tokens.
+        found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stop if stop in text]
         if found:
             self.stopped, self._pending = True, ""
-            return text[: min(found)]
+            return text[: min(found)[1]]
         held = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._pending = text[len(text) - held :]
         return text[: len(text) - held]
@@ -237,7 +233,7 @@ def _ids(value: Any) -> Iterator[int]:
 def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
     path = directory / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     template = config.get("chat_template")
     if isinstance(template, list):  # several named ones
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import tritium
 from torch import Tensor
 from transformers import PreTrainedModel
 from tritium.runtime.batch import Batch
@@ -14,6 +13,7 @@ from tritium.runtime.checkpoint import load_weights, read_spec
 from tritium.runtime.decoder import Decoder
 from tritium.runtime.kv_cache import KVCache
 
+import tritium
 from tests import oracle
 
 EXACT = {"atol": 1e-5, "rtol": 1e-5}
