@@ -1,6 +1,7 @@
 """`python main.py --model qwen3 --size 0.6B --prompt "..."`, or `--chat --stream`: the command line from a checkout.
 
-Without `--chat` it is `tritium generate`, with it `tritium chat`. It needs no installation.
+Without `--chat` it is `tritium generate`, with it `tritium chat`; other commands, such as
+`python main.py models`, work too. It needs no installation.
 """
 
 import sys
@@ -14,6 +15,7 @@ if __name__ == "__main__":
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != root]
     from tritium.runtime.cli import main
 
-    arguments = sys.argv[1:]
-    command = "chat" if "--chat" in arguments else "generate"
-    sys.exit(main([command, *(argument for argument in arguments if argument != "--chat")]))
+    arguments = [argument for argument in sys.argv[1:] if argument != "--chat"]
+    if not arguments or arguments[0].startswith("-"):  # no command of its own
+        arguments.insert(0, "chat" if "--chat" in sys.argv else "generate")
+    sys.exit(main(arguments))

@@ -72,17 +72,20 @@ def _generator(options: argparse.Namespace) -> Any:
     # Wrong options must not cost the loading of a model first.
     from .generation import SamplingOptions
 
-    given = ("temperature", "top_k", "top_p", "max_new_tokens")
+    given = ("temperature", "top_k", "top_p", "max_new_tokens", "seed")
     SamplingOptions(**{name: getattr(options, name) for name in given if getattr(options, name) is not None})
-    if options.checkpoint and (options.model or options.size):
+    if options.checkpoint is not None and (options.model is not None or options.size is not None):
         raise TritiumError("give either --checkpoint or --model and --size, not both")
-    if options.size and not options.model:
-        raise TritiumError("--size needs --model, the family that it is a size of")
+    for name in ("size", "variant"):
+        if getattr(options, name) is not None and options.model is None:
+            raise TritiumError(f"--{name} needs --model, the family that it is a {name} of")
+    if options.checkpoint == "":
+        raise TritiumError("--checkpoint is empty: give a folder or a hub id")
     from .loading import BUNDLED, load
     from .text import TextGenerator
 
-    name = options.checkpoint or BUNDLED
-    if options.model:
+    name = BUNDLED if options.checkpoint is None else options.checkpoint
+    if options.model is not None:
         from .registry import get_family
 
         family = get_family(options.model)

@@ -71,14 +71,16 @@ class Decoder(nn.Module):
         vocabulary, rows beyond the context length and shapes that do not fit.
         """
         self.check_tokens(input_ids, "input_ids")
+        if input_ids.dim() != 2:
+            raise TritiumError(f"input_ids: must be [batch, length], got {list(input_ids.shape)}")
+        if labels is not None:
+            self._check_labels(labels, input_ids)
         padding = Padding.of(input_ids, attention_mask)
         self.check_length(max(padding.counts, default=0))
         batch = Batch.fresh(padding.counts, input_ids.device)
         hidden, logits = self.run(self.bind(), padding.pack(input_ids), batch)
         loss = None
         if labels is not None:
-            if labels.shape != input_ids.shape:
-                raise TritiumError(f"labels: must be {list(input_ids.shape)} like input_ids, got {list(labels.shape)}")
             loss = cross_entropy_reference(logits, _next_labels(padding.pack(labels), batch.starts))
         return ModelOutput(loss, padding.unpack(logits), padding.unpack(hidden))
 
@@ -137,6 +139,11 @@ class Decoder(nn.Module):
             if low < 0 or high >= self.config.vocab_size:
                 wrong = low if low < 0 else high
                 raise TritiumError(f"{what}: token id {wrong} lies outside 0 to {self.config.vocab_size - 1}")
+
+    def _check_labels(self, labels: Tensor, input_ids: Tensor) -> None:
+        if labels.shape != input_ids.shape:
+            raise TritiumError(f"labels: must be {list(input_ids.shape)} like input_ids, got {list(labels.shape)}")
+        self.check_tokens(labels.masked_fill(labels == IGNORE_INDEX, 0), "labels")
 
     def check_length(self, length: int) -> None:
         """Raises TritiumError for a row longer than the context."""

@@ -28,11 +28,17 @@ class SamplingOptions:
     seed: int | None = None  # row r of a batch uses seed + r; None draws a fresh one
 
     def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "temperature", "top_k", "top_p"):
+            value = getattr(self, name)
+            kind = int if name in ("max_new_tokens", "top_k") else int | float
+            if isinstance(value, bool) or not isinstance(value, kind):
+                raise TritiumError(f"{name}: must be a{' whole' if kind is int else ''} number, got {value!r}")
         rules = {
             "max_new_tokens": (self.max_new_tokens >= 0, "0 or more"),
             "temperature": (0 <= self.temperature < float("inf"), "0 (greedy) or more"),
             "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "seed": (self.seed is None or -(2**62) <= self.seed < 2**62, "between -2^62 and 2^62"),
         }
         for name, (valid, wanted) in rules.items():
             if not valid:
@@ -42,13 +48,19 @@ class SamplingOptions:
 def generate(
     model: "Decoder", prompts: Sequence[Sequence[int]], options: SamplingOptions, eos_ids: Sequence[int] = ()
 ) -> Iterator[list[int | None]]:
-    """Yields, step by step, the new token of every row: None once a row has met an EOS (which it does yield).
+    """Gives, step by step, the new token of every row: None once a row has met an EOS (which it does yield).
 
     Each row is what it would be alone: rows share a batch, not positions, padding or random numbers. Raises
-    TritiumError before the first step for an empty prompt, ids outside the vocabulary, and a prompt that with its
-    new tokens exceeds the context.
+    TritiumError at the call, before the first step, for an empty prompt, ids outside the vocabulary, and a prompt that
+    with its new tokens exceeds the context.
     """
     _check(model, prompts, options)
+    return _steps(model, prompts, options, eos_ids)
+
+
+def _steps(
+    model: "Decoder", prompts: Sequence[Sequence[int]], options: SamplingOptions, eos_ids: Sequence[int]
+) -> Iterator[list[int | None]]:
     if not prompts or options.max_new_tokens == 0:
         return
     with torch.inference_mode():

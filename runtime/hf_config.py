@@ -84,7 +84,7 @@ def _read(config: Mapping[str, Any], entry: Any, where: str) -> Any:
 
 def config_from_spec(family: Family, spec: ModelSpec) -> dict[str, Any]:
     """The config.json that `spec_from_config` and `transformers` read as this spec."""
-    config: dict[str, Any] = {}
+    config: dict[str, Any] = {"model_type": family.model_types[0]}
     for key, rule in family.require.items():
         _set(config, key, [rule["each"]] * spec.num_layers if "each" in rule else rule["equals"])
     for field, entry in family.config.items():

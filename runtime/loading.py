@@ -78,7 +78,10 @@ def load_config(path: str | Path) -> ModelSpec:
     values = read_yaml(path)
     beside = path.parent / "family.yaml"
     if "family" in values:
-        family = get_family(str(values.pop("family")))
+        try:
+            family = get_family(str(values.pop("family")))
+        except TritiumError as error:
+            raise TritiumError(f"{path}: {error}") from None
     elif beside.is_file():
         family = read_family(beside)
     else:
@@ -113,6 +116,12 @@ def pick_device(device: str | torch.device | None) -> torch.device:
         raise TritiumError(f"device: unknown {device!r}; for example cpu, cuda, cuda:1") from None
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise TritiumError(f"device: {chosen} is not there; torch sees {torch.cuda.device_count()} GPUs")
+    if chosen.type == "meta":
+        raise TritiumError("device: meta holds no values; give one that computes, such as cpu or cuda")
+    try:
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError):  # what a torch built without it raises
+        raise TritiumError(f"device: {chosen} is not there, or this torch was built without it") from None
     return chosen
 
 

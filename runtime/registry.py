@@ -116,6 +116,6 @@ def get_family(name: str) -> Family:
 def family_of_model_type(model_type: str, where: str) -> Family:
     """The family that reads checkpoints of a config.json's `model_type`."""
     known = {kind: family for family in families().values() for kind in family.model_types}
-    if model_type not in known:
+    if not isinstance(model_type, str) or model_type not in known:
         raise TritiumError(f"{where}: unknown model_type {model_type!r}; {nearest(str(model_type), known)}")
     return known[model_type]

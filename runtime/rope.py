@@ -31,7 +31,7 @@ class RopeScaling:
         """From a `rope_scaling` mapping in `transformers`' keys. Raises TritiumError for an unknown rule or key."""
         values = dict(raw)
         rope_type = values.pop("rope_type", values.pop("type", None))
-        if rope_type not in _RULES:
+        if not isinstance(rope_type, str) or rope_type not in _RULES:
             raise TritiumError(f"{where}: unknown rope_type {rope_type!r}; {nearest(str(rope_type), _RULES)}")
         needed, optional = _RULES[rope_type]
         unknown = sorted(set(values) - set(needed) - set(optional))
@@ -40,9 +40,12 @@ class RopeScaling:
             problem = f"lacks {', '.join(missing)}" if missing else f"has the unknown key {unknown[0]!r}"
             raise TritiumError(f"{where}: {rope_type} {problem}; it takes {', '.join((*needed, *optional))}")
         for key, value in values.items():
-            if (value is None and key in optional) or (isinstance(value, int | float) and not isinstance(value, bool)):
+            if value is None and key in optional:
                 continue
-            raise TritiumError(f"{where}.{key}: must be a number, got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TritiumError(f"{where}.{key}: must be a number, got {value!r}")
+            if not value > 0:
+                raise TritiumError(f"{where}: {key} must be above 0, got {value!r}")
         return cls(rope_type, tuple((key, values.get(key, optional.get(key))) for key in (*needed, *optional)))
 
     def as_dict(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from .errors import TritiumError, nearest
 from .rope import RopeScaling
 
+MAX_LAYERS = 10_000  # a bound on what one wrong number can allocate
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -83,7 +84,7 @@ class ModelSpec:
         return DTYPES[self.dtype]
 
     def __post_init__(self) -> None:
-        _check_consistency(self, f"{self.family} spec")
+        _check_consistency(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> "ModelSpec":
@@ -98,6 +99,8 @@ class ModelSpec:
         if missing:
             raise TritiumError(f"{where}: missing {', '.join(missing)}")
         layers = values["num_layers"]
+        if isinstance(layers, int) and layers > MAX_LAYERS:
+            raise TritiumError(f"{where}: num_layers must be at most {MAX_LAYERS}, got {layers}")
         checked: dict[str, Any] = {}
         for name, kind in _FIELDS.items():
             value = values[name]
@@ -106,7 +109,10 @@ class ModelSpec:
             elif get_origin(kind) is tuple and isinstance(layers, int):
                 value = tuple(value[:layers]) if isinstance(value, list | tuple) else (value,) * layers
             checked[name] = _checked(value, kind, f"{where}: {name}")
-        return cls(**checked)
+        try:
+            return cls(**checked)
+        except TritiumError as error:
+            raise TritiumError(f"{where}: {error}") from None
 
     def replace(self, **changes: Any) -> "ModelSpec":
         """A copy with other values, checked like any spec. Another `num_layers` needs per-layer fields that fit."""
@@ -141,29 +147,36 @@ def _checked(value: Any, kind: Any, where: str) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         hint = ""
         if isinstance(value, str) and kind in (int, float):
-            hint = " (YAML reads 1e-6 as text: write 1.0e-6)" if "e" in value.lower() else " (remove the quotes)"
+            hint = _number_hint(value)
         raise TritiumError(f"{where}: must be {_NAMES.get(kind, kind)}, got {value!r}{hint}")
     return value
+
+
+def _number_hint(text: str) -> str:
+    """What to say of a text where a number was wanted: nothing, unless the text spells a number."""
+    try:
+        float(text)
+    except ValueError:
+        return ""
+    return " (YAML reads 1e-6 as text: write 1.0e-6)" if "e" in text.lower() else " (remove the quotes)"
 
 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
-def _check_consistency(spec: ModelSpec, where: str) -> None:
+def _check_consistency(spec: ModelSpec) -> None:
     sizes = ("vocab_size", "context_length", "embedding_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim")
     for name in (*sizes, "hidden_dim", "layer_repeat", "norm_eps", "rope_base"):
         if not spec[name] > 0:
-            raise TritiumError(f"{where}: {name} must be above 0, got {spec[name]}")
+            raise TritiumError(f"{name} must be above 0, got {spec[name]}")
     if spec.num_heads % spec.num_kv_heads:
-        raise TritiumError(
-            f"{where}: num_heads ({spec.num_heads}) must be a multiple of num_kv_heads ({spec.num_kv_heads})"
-        )
+        raise TritiumError(f"num_heads ({spec.num_heads}) must be a multiple of num_kv_heads ({spec.num_kv_heads})")
     if spec.positions == "rope" and spec.head_dim % 2:
-        raise TritiumError(f"{where}: head_dim must be even for rope, got {spec.head_dim}")
+        raise TritiumError(f"head_dim must be even for rope, got {spec.head_dim}")
     if (spec.mlp == "gated") != (spec.activation == "silu"):
-        raise TritiumError(f"{where}: a {spec.mlp} mlp does not take the activation {spec.activation}")
+        raise TritiumError(f"a {spec.mlp} mlp does not take the activation {spec.activation}")
     for name in ("rope_layers", "qk_norm_layers", "windows"):
         if len(spec[name]) != spec.num_layers:
-            raise TritiumError(f"{where}: {name} has {len(spec[name])} entries for {spec.num_layers} layers")
+            raise TritiumError(f"{name} has {len(spec[name])} entries for {spec.num_layers} layers")
     if any(window is not None and window < 1 for window in spec.windows):
-        raise TritiumError(f"{where}: windows must be at least 1")
+        raise TritiumError("windows must be at least 1")

@@ -91,9 +91,13 @@ class TextGenerator:
         return SamplingOptions(max_new_tokens=max_new_tokens, seed=seed, **chosen)
 
     def _pieces(self, tokens: Sequence[int], options: SamplingOptions, stop: Sequence[str]) -> Iterator[str]:
+        # Both check what they are given here and now, not when the first piece is asked for.
         decoder = StreamDecoder(self.tokenizer, stop)
+        return self._stream(decoder, generate(self.model, [tokens], options, self.tokenizer.eos_ids))
+
+    def _stream(self, decoder: StreamDecoder, steps: Iterator[list[int | None]]) -> Iterator[str]:
         eos = set(self.tokenizer.eos_ids)
-        for (token,) in generate(self.model, [tokens], options, self.tokenizer.eos_ids):
+        for (token,) in steps:
             if token is not None and token not in eos and (piece := decoder.add(token)):
                 yield piece
             if decoder.stopped:
