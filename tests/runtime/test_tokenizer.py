@@ -12,7 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from tritium.runtime.errors import TritiumError
 from tritium.runtime.tokenizer import StreamDecoder, Tokenizer
 
-from tests.tiny import byte_level
+from tests.tiny import byte_level, tokenizer
 
 TEXTS = st.one_of(
     st.text(max_size=40),

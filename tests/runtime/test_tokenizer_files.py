@@ -9,7 +9,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tritium.runtime.errors import TritiumError
 from tritium.runtime.tokenizer import Tokenizer
 
-from tests.tiny import byte_level
+from tests.tiny import CORPUS, byte_level, tokenizer
 
 
 def checkpoint(directory: Path, **files: Any) -> Path:
