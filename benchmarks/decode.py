@@ -45,7 +45,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 BATCHES = (1, 8)
-PROMPT, STEPS, ROUNDS = 32, 48, 5
+PROMPT, STEPS, ROUNDS = 16, 32, 5
 
 
 def build(shape: dict[str, Any], device: torch.device) -> Decoder:
@@ -99,6 +99,8 @@ def decode_step(model: Decoder, prompt: Tensor) -> Callable[[], None]:
 
     @torch.inference_mode()
     def step() -> None:
+        if cache.lengths[0] == length + STEPS:  # begin again: each step has 16 to 47 tokens before it
+            cache.lengths = [length] * rows
         _, logits = model.run(plan, state["tokens"], Batch.appended(cache, every, ones), last_only=True)
         state["tokens"] = logits.argmax(-1)
 
@@ -138,8 +140,9 @@ def _measure(model: Decoder, twin: Any, rows: int, device: torch.device) -> dict
 
     if not torch.equal(ours(), theirs()):
         raise TritiumError("the greedy tokens differ from transformers': wrong results are not timed")
+    # A whole number of passes over the context lengths.
     steps = {"step": decode_step(model, prompt), "floor": floor_step(model, rows)}
-    step = interleaved(steps, 16 * ROUNDS, device, warm_up=8)
+    step = interleaved(steps, 2 * ROUNDS * STEPS, device, warm_up=STEPS)
     whole = interleaved({"tritium": ours, "transformers": theirs}, ROUNDS, device, warm_up=1)
     return {
         "step_us": _microseconds(step["step"]),

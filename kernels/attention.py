@@ -96,15 +96,17 @@ def decode_attention_reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, sc
         return torch.empty_like(q)
     num_kv_heads = k.shape[0] // rows
     # A group of query heads becomes the rows of one small matrix: no key is repeated.
-    q = q.reshape(rows, num_kv_heads, -1, head_dim)
+    groups = num_heads // num_kv_heads
     if rows > 1:
-        q = q.transpose(0, 1).flatten(0, 1)
+        q = q.view(rows, num_kv_heads, groups, head_dim).transpose(0, 1)
         if bias.shape[0] > 1:
             bias = bias.repeat(num_kv_heads, 1, 1)
+    q = q.reshape(num_kv_heads * rows, groups, head_dim)
+    if q.dtype is torch.float32:
+        out = torch.bmm(torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale).softmax(-1), v)
     else:
-        q = q.squeeze(0)
-    scores = torch.baddbmm(bias, wide(q), wide(k).transpose(1, 2), alpha=scale)
-    out = torch.bmm(torch.softmax(scores, -1).to(v.dtype), v)
+        scores = torch.baddbmm(bias, wide(q), wide(k).transpose(1, 2), alpha=scale)
+        out = torch.bmm(scores.softmax(-1).to(v.dtype), v)
     if rows > 1:
-        out = out.view(num_kv_heads, rows, -1, head_dim).transpose(0, 1)
+        out = out.view(num_kv_heads, rows, groups, head_dim).transpose(0, 1)
     return out.reshape(rows, num_heads, head_dim)

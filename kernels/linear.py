@@ -12,14 +12,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Up to this many rows, CPU libraries are up to twice as fast with the weight as the left operand (measured from 2 to 16
+# rows at widths 128 and 576); for one row there is no difference.
+FEW_ROWS = 16
+
+
+def _weight_left(x: Tensor) -> bool:
+    return x.is_cpu and x.dim() == 2 and 1 < x.shape[0] <= FEW_ROWS
+
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x @ weight^T + bias, [T, K] -> [T, N]."""
+    if bias is None and _weight_left(x):
+        return torch.mm(weight, x.t()).t().contiguous()
     return F.linear(x, weight, bias)
 
 
 def linear_residual_reference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
     """residual + x @ weight^T + bias, [T, K] and [T, N] -> [T, N]; the residual is not overwritten."""
-    if bias is None:
-        return torch.addmm(residual, x, weight.t())
-    return residual + F.linear(x, weight, bias)
+    if bias is not None:
+        return residual + F.linear(x, weight, bias)
+    if _weight_left(x):
+        return residual + torch.mm(weight, x.t()).t()
+    return torch.addmm(residual, x, weight.t())

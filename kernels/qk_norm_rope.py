@@ -17,7 +17,7 @@ Floor: 2 * numel(q, k) * itemsize bytes, and numel(v) * itemsize twice more when
 import torch
 from torch import Tensor
 
-from .rms_norm import rms_norm_reference
+from .rms_norm import Scaled, rms_norm_reference
 
 
 def rope_rows(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,11 +27,11 @@ def rope_rows(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
 
 def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The rotation alone. x [T, H, D]; cos and sin as `rope_rows` gives them."""
-    wide = x if x.dtype == cos.dtype else x.to(cos.dtype)
-    half = wide.roll(x.shape[-1] // 2, -1)
-    if wide.dtype in (torch.bfloat16, torch.float16):
-        return wide * cos + half * sin
-    return torch.addcmul(wide * cos, half, sin).to(x.dtype)
+    half = x.shape[-1] // 2
+    if x.dtype is cos.dtype is torch.float32:
+        return torch.addcmul(x * cos, x.roll(half, -1), sin)
+    wide = x.to(cos.dtype)
+    return (wide * cos + wide.roll(half, -1) * sin).to(x.dtype)
 
 
 def qk_norm_rope_reference(
@@ -41,14 +41,15 @@ def qk_norm_rope_reference(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     norm: bool = False,
-    weight: Tensor | None = None,
-    eps: float | Tensor = 0.0,
+    weight: Tensor | Scaled | None = None,
+    eps: float = 0.0,
     norm_first: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The definition: packed QKV -> (q, k, v). `cos=None` leaves positions out, `norm=False` the QK-norm."""
     rotated = num_heads + num_kv_heads
-    heads = qkv.unflatten(1, (rotated + num_kv_heads, qkv.shape[1] // (rotated + num_kv_heads)))
-    qk = heads.narrow(1, 0, rotated)
+    tokens, width = qkv.shape
+    heads = qkv.view(tokens, rotated + num_kv_heads, width // (rotated + num_kv_heads))
+    qk, v = heads.split_with_sizes((rotated, num_kv_heads), 1)
     if norm and norm_first:
         qk = rms_norm_reference(qk, weight, eps)
     if cos is not None and sin is not None:
@@ -56,7 +57,7 @@ def qk_norm_rope_reference(
     if norm and not norm_first:
         qk = rms_norm_reference(qk, weight, eps)
     q, k = qk.split_with_sizes((num_heads, num_kv_heads), 1)
-    return q, k, heads.narrow(1, rotated, num_kv_heads)
+    return q, k, v
 
 
 def cache_write_reference(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -42,21 +43,22 @@ class Batch:
     def appended(cls, cache: KVCache, rows: Sequence[int], counts: Sequence[int]) -> "Batch":
         """`counts` new tokens for each of the cache's `rows`, behind what the cache holds of them already."""
         before = [cache.lengths[row] for row in rows]
-        device = cache.device
-        if all(count == 1 for count in counts):
-            positions = torch.tensor(before, device=device)
-        else:
-            positions = torch.cat([torch.arange(b, b + c, device=device) for b, c in zip(before, counts, strict=True)])
+        positions = [at for start, count in zip(before, counts, strict=True) for at in range(start, start + count)]
         return cls(
             starts=[0, *accumulate(counts)],
             lengths=[b + c for b, c in zip(before, counts, strict=True)],
-            positions=positions,
+            positions=torch.tensor(positions, dtype=torch.int64, device=cache.device),
             cache=cache,
             rows=list(rows),
-            slots=cache.slots(rows, counts, positions),
+            slots=cache.slots(rows, counts),
             is_fresh=not any(before),
             is_decode=all(count == 1 for count in counts),
         )
+
+    @cached_property
+    def dense(self) -> tuple[Sequence[Tensor], Sequence[Tensor]] | None:
+        """For a decode step, every layer's keys and values as dense views, where the cache has them."""
+        return self.cache.dense(self.rows, self.longest) if self.is_decode and self.cache is not None else None
 
     @property
     def longest(self) -> int:

@@ -39,7 +39,7 @@ def normalise(x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
     if norm is None:
         return x, x
     if norm.kind == "rms":
-        y = rms_norm_reference(x, norm.weight, norm.eps_tensor)
+        y = rms_norm_reference(x, norm.scaled or norm.weight, norm.eps)
     else:
         y = layer_norm_reference(x, norm.weight, norm.bias, norm.eps)
     return (y if norm.replaces_stream else x), y
@@ -63,7 +63,7 @@ def _qk_norm_rope_cache(qkv: Tensor, attention: Attention, batch: Batch) -> tupl
         cos,
         sin,
         attention.qk_norm,
-        attention.qk_norm_weight,
+        attention.qk_norm_scaled or attention.qk_norm_weight,
         attention.eps,
         attention.qk_norm_first,
     )
@@ -76,14 +76,16 @@ def _qk_norm_rope_cache(qkv: Tensor, attention: Attention, batch: Batch) -> tupl
 def _attention(q: Tensor, k: Tensor, v: Tensor, attention: Attention, batch: Batch) -> Tensor:
     """[T, Hq, D] -> [T, Hq * D]."""
     cache, slot, scale, window = batch.cache, attention.slot, attention.scale, attention.window
-    dense = None
     if cache is None or batch.is_fresh:
         out = attention_reference(q, k, v, batch.starts, scale, window)
-    elif batch.is_decode and (dense := cache.dense(slot, batch.rows, batch.longest)) is not None:
-        out = decode_attention_reference(q, *dense, batch.decode_bias(window, wide_dtype(q.dtype)), scale)
+    elif batch.dense is not None:
+        keys, values = batch.dense
+        bias = batch.decode_bias(window, wide_dtype(q.dtype))
+        out = decode_attention_reference(q, keys[slot], values[slot], bias, scale)
     else:
-        keys, values, table = cache.keys[slot], cache.values[slot], cache.page_table[list(batch.rows)]
-        out = paged_attention_reference(q, keys, values, table, batch.starts, batch.lengths, scale, window)
+        table = cache.page_table[list(batch.rows)]
+        keys, values = cache.keys, cache.values
+        out = paged_attention_reference(q, keys[slot], values[slot], table, batch.starts, batch.lengths, scale, window)
     return out.flatten(1)
 
 

@@ -30,43 +30,47 @@ class KVCache:
         num_pages = rows * self._pages_per_row
         # Zeroed: masked keys still meet a probability of 0 in the product, and 0 * NaN would be NaN.
         shape = (spec.num_cache_slots, 2, spec.num_kv_heads, num_pages, PAGE_SIZE, spec.head_dim)
-        pool = torch.zeros(shape, dtype=dtype, device=device)
-        self.keys = [layer[0] for layer in pool]
-        self.values = [layer[1] for layer in pool]
+        self._pool = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys = [layer[0] for layer in self._pool]
+        self.values = [layer[1] for layer in self._pool]
+        # Every layer's view token by token, made once: making one costs as much as a small operation.
+        self.slot_keys = [layer.flatten(1, 2).transpose(0, 1) for layer in self.keys]
+        self.slot_values = [layer.flatten(1, 2).transpose(0, 1) for layer in self.values]
         self.assign_pages(torch.arange(num_pages).view(rows, self._pages_per_row))
 
     def assign_pages(self, page_table: Tensor) -> None:
         """Sets which pages each row owns: int64 [rows, pages per row], every page named at most once."""
         self.page_table = page_table.to(self.device)
+        self._host_table: list[list[int]] = page_table.tolist()
         rows, per_row = page_table.shape
-        self._dense = bool((page_table.flatten() == torch.arange(rows * per_row)).all())
-        # The views of every layer are made once: making one costs as much as a small operation.
-        self.slot_keys = [layer.flatten(1, 2).transpose(0, 1) for layer in self.keys]
-        self.slot_values = [layer.flatten(1, 2).transpose(0, 1) for layer in self.values]
-        if self._dense:
-            shape = (-1, per_row * PAGE_SIZE, self.keys[0].shape[-1])
-            self._dense_keys = [layer.view(shape) for layer in self.keys]
-            self._dense_values = [layer.view(shape) for layer in self.values]
+        in_order = torch.arange(rows * per_row).view(rows, per_row)
+        self._in_order = torch.equal(page_table.cpu(), in_order)
 
-    def dense(self, slot: int, rows: Sequence[int], length: int) -> tuple[Tensor, Tensor] | None:
-        """Layer `slot`'s (keys, values) as [num_kv_heads * rows, length, head_dim] views, where the pages allow it."""
-        if not self._dense or len(rows) != len(self.lengths):
+    def dense(self, rows: Sequence[int], length: int) -> tuple[Sequence[Tensor], Sequence[Tensor]] | None:
+        """Every layer's (keys, values) as views [num_kv_heads * rows, length, head_dim], without a copy.
+
+        None where the pages of a row do not follow one another, or `rows` are not all rows in order.
+        """
+        if not self._in_order or list(rows) != list(range(len(self.lengths))):
             return None
-        return self._dense_keys[slot].narrow(1, 0, length), self._dense_values[slot].narrow(1, 0, length)
+        slots, two, heads, pages, size, head_dim = self._pool.shape
+        rows_pool = self._pool.view(slots, two, heads * len(rows), pages // len(rows) * size, head_dim)
+        keys, values = rows_pool.narrow(3, 0, length).unbind(1)
+        return keys.unbind(0), values.unbind(0)
 
-    def slots(self, rows: Sequence[int], counts: Sequence[int], positions: Tensor) -> Tensor:
+    def slots(self, rows: Sequence[int], counts: Sequence[int]) -> Tensor:
         """Where the next `counts` tokens of each row go: int64 [T] into the flat pool.
 
         Raises TritiumError when a row would outgrow the cache; nothing is written then.
         """
+        slots = []
         for row, count in zip(rows, counts, strict=True):
-            if self.lengths[row] + count > self.capacity:
-                raise TritiumError(
-                    f"row {row}: {self.lengths[row]} + {count} tokens do not fit the cache's {self.capacity}"
-                )
-        index = torch.tensor([row for row, count in zip(rows, counts, strict=True) for _ in range(count)])
-        pages = self.page_table[index.to(self.device), positions // PAGE_SIZE]
-        return pages * PAGE_SIZE + positions % PAGE_SIZE
+            before = self.lengths[row]
+            if before + count > self.capacity:
+                raise TritiumError(f"row {row}: {before} + {count} tokens do not fit the cache's {self.capacity}")
+            pages = self._host_table[row]
+            slots += [pages[at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE for at in range(before, before + count)]
+        return torch.tensor(slots, dtype=torch.int64, device=self.device)
 
     def advance(self, rows: Sequence[int], counts: Sequence[int]) -> None:
         """Counts tokens just written as held."""
@@ -76,5 +80,4 @@ class KVCache:
     def clear(self) -> None:
         """Forgets every sequence and zeroes the pool."""
         self.lengths = [0] * len(self.lengths)
-        for layer in (*self.keys, *self.values):
-            layer.zero_()
+        self._pool.zero_()

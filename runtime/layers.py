@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..kernels.rms_norm import scaled
 from . import plan
 from .batch import Batch, Padding
 from .kernel_set import REFERENCE, KernelSet, normalise
@@ -31,7 +32,8 @@ class RMSNorm(nn.Module):
         return normalise(x, self.bind())[1]
 
     def bind(self, replaces_stream: bool = False) -> plan.Norm:
-        return _bind_norm("rms", self.weight, None, self.eps, replaces_stream)
+        prepared = scaled(self.weight, self.eps, self.weight, self.weight.shape[0])
+        return plan.Norm("rms", self.weight, None, self.eps, prepared, replaces_stream)
 
 
 class LayerNorm(nn.Module):
@@ -48,19 +50,7 @@ class LayerNorm(nn.Module):
         return normalise(x, self.bind())[1]
 
     def bind(self, replaces_stream: bool = False) -> plan.Norm:
-        return _bind_norm("layer", self.weight, self.bias, self.eps, replaces_stream)
-
-
-def _bind_norm(
-    kind: Literal["rms", "layer"], weight: Tensor, bias: Tensor | None, eps: float, replaces_stream: bool
-) -> plan.Norm:
-    return plan.Norm(kind, weight, bias, eps, _eps_tensor(eps, weight), replaces_stream)
-
-
-def _eps_tensor(eps: float, like: Tensor) -> Tensor:
-    """eps in the dtype of the statistics, built once a plan: see rms_norm_reference."""
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return torch.full((), eps, dtype=dtype, device=like.device)
+        return plan.Norm("layer", self.weight, self.bias, self.eps, None, replaces_stream)
 
 
 def _bind_linear(linear: nn.Linear) -> plan.Dense:
@@ -139,7 +129,8 @@ class MultiHeadAttention(nn.Module):
             qk_norm=self.use_qk_norm,
             qk_norm_first=self.qk_norm_first,
             qk_norm_weight=weight,
-            eps=_eps_tensor(self.norm_eps, self.qkv.weight),
+            qk_norm_scaled=scaled(weight, self.norm_eps, self.qkv.weight, self.head_dim) if self.use_qk_norm else None,
+            eps=self.norm_eps,
             window=self.window,
             slot=slot,
         )

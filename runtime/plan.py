@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..kernels.rms_norm import Scaled
 from .rope import RotaryEmbedding
 
 
@@ -29,7 +30,7 @@ class Norm:
     weight: Tensor
     bias: Tensor | None
     eps: float
-    eps_tensor: Tensor
+    scaled: Scaled | None  # weight and eps prepared, where the dtype is float32
     replaces_stream: bool
 
 
@@ -45,7 +46,8 @@ class Attention:
     qk_norm: bool
     qk_norm_first: bool
     qk_norm_weight: Tensor | None  # [num_heads + num_kv_heads, head_dim]
-    eps: Tensor
+    qk_norm_scaled: Scaled | None  # the same with eps, prepared, where the dtype is float32
+    eps: float
     window: int | None
     slot: int  # in the KV cache
 

@@ -87,7 +87,7 @@ def build(case: Case, seed: int = 0) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def redraw(model: torch.nn.Module, seed: int) -> None:
+def redraw(model: torch.nn.Module, seed: int, strength: float = 1.2) -> None:
     """Every parameter anew: norms 1 +- 0.3, biases +- 0.3, matrices so that each layer changes its stream by a lot."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -96,7 +96,7 @@ def redraw(model: torch.nn.Module, seed: int) -> None:
             parameter.copy_(0.3 * noise + (0.0 if name.endswith("bias") else 1.0))
         else:
             # The head sets the logits' spread; strong projections keep the stream from being its own embedding.
-            gain = 1.15 if "embed" in name or "lm_head" in name else 1.2
+            gain = 1.15 if "embed" in name or "lm_head" in name else strength
             parameter.copy_(gain * noise / parameter.shape[-1] ** 0.5)
 
 

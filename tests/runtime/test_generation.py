@@ -116,6 +116,8 @@ def test_shuffled_pages_change_nothing(model: Decoder) -> None:
                 steps.append(model.run(plan, tokens, Batch.appended(cache, [0, 1, 2], [1, 1, 1]))[1])
             subset = Batch.appended(cache, [2, 0], [2, 1])  # some of the rows, in another order
             steps.append(model.run(plan, torch.tensor([1, 2, 3]), subset)[1])
+            permuted = Batch.appended(cache, [2, 0, 1], [1, 1, 1])  # all of them, in another order
+            steps.append(model.run(plan, torch.tensor([4, 5, 6]), permuted)[1])
         found.append(torch.cat(steps))
     torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
 

@@ -110,7 +110,7 @@ def test_a_family_added_as_data(name: str, scaling: str, monkeypatch: pytest.Mon
     theirs: PreTrainedModel
     llama = name == "llama"
     theirs = LlamaForCausalLM(LlamaConfig(**shape)) if llama else Qwen2ForCausalLM(Qwen2Config(**shape))
-    oracle.redraw(theirs, 0)
+    oracle.redraw(theirs, 0, strength=1.0)
     theirs.eval().save_pretrained(tmp_path / "checkpoint")
     ours, _, spec = tritium.load(tmp_path / "checkpoint", device="cpu")
     assert (spec.rope_scaling is None) == (scaling == "default")
