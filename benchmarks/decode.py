@@ -119,10 +119,7 @@ def run(options: argparse.Namespace) -> None:
         for rows in BATCHES:
             results.append({"model": name, "batch": rows, **_measure(model, twin, rows, device)})
             print(f"{name}, batch {rows}: measured", file=sys.stderr, flush=True)
-    info = environment(device)
-    print(_table(results))
-    print(f"\nfloat32, {PROMPT} tokens in and {STEPS} out, medians, on {info['device']}, {info['threads']} threads,")
-    print(", ".join(f"{name} {version}" for name, version in info["versions"].items()))
+    print(summary({"environment": environment(device), "results": results}))
     if options.json:
         write(options.json, device, results)
 
@@ -158,10 +155,11 @@ def _microseconds(timing: Timing) -> dict[str, float]:
     return {"p20": timing.p20 * 1e6, "p50": timing.p50 * 1e6, "p80": timing.p80 * 1e6}
 
 
-def _table(results: list[dict[str, Any]]) -> str:
+def summary(record: dict[str, Any]) -> str:
+    """The figures of a results file as a table, with what they were measured on."""
     names = "Qwen3, 30 layers|batch|step us|matmuls us|step/matmuls|tok/s|transformers tok/s|speedup"
     rows = [tuple(names.split("|"))]
-    for row in results:
+    for row in record["results"]:
         rows.append(
             (
                 row["model"],
@@ -174,4 +172,10 @@ def _table(results: list[dict[str, Any]]) -> str:
                 f"{row['speedup']:.2f}",
             )
         )
-    return table(rows)
+    where = record["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    lines = (
+        f"float32, {PROMPT} tokens in and {STEPS} out, medians; {where['device']}, {where['threads']} threads,",
+        f"{versions}; {where['date']}",
+    )
+    return "\n".join((table(rows), "", *lines))

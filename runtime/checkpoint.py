@@ -157,6 +157,7 @@ def save_pretrained(
         name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {piece.source: piece.read(parameters[piece.parameter]).to("cpu", dtype) for piece in shard}
         save_file(tensors, directory / name, {"format": "pt"})
+        (directory / name).chmod((directory / "config.json").stat().st_mode)  # the library's own is for the owner alone
         weight_map.update(dict.fromkeys(tensors, name))
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

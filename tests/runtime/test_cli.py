@@ -259,7 +259,6 @@ def test_mistakes(checkpoint: Path, tmp_path: Path, arguments: list[str], said: 
     assert [part for part in said if part not in done.stderr] == []
 
 
-@pytest.mark.skipif(not (ROOT / "models/mobilellm/shakespeare/config.json").is_file(), reason="no bundled model yet")
 @pytest.mark.parametrize("chat", [[], ["--chat"]])
 def test_the_bundled_model(tmp_path: Path, chat: list[str]) -> None:
     """`python main.py --prompt "..."` answers on a machine without network, in a minute's reading of the README."""
