@@ -61,7 +61,7 @@ def transformers_twin(model: Decoder) -> Any:
     except ImportError:
         raise TritiumError("this benchmark compares with transformers: pip install 'tritium[dev]'") from None
     family = get_family("qwen3")
-    config = Qwen3Config(**config_from_spec(family, model.config), bos_token_id=None, eos_token_id=None, pad_token_id=0)
+    config = Qwen3Config(**config_from_spec(family, model.config), pad_token_id=0)
     twin = Qwen3ForCausalLM(config).to(model.device)
     parameters = dict(model.named_parameters())
     pieces = WeightMap(family, model.config, parameters.items()).pieces.values()

@@ -4,8 +4,8 @@
 
 The last tenth of the text is held out: no weight and no step is chosen by it (README.md beside this file names the two
 decisions about the recipe that did look at it). The last twentieth of the rest, the selection slice, decides which
-step's weights the first stage keeps; a short second stage then goes on from them with the whole training part, the slice
-included, for a number of steps fixed beforehand.
+step's weights the first stage keeps; a short second stage then goes on from them with the whole training part, the
+slice included, for a number of steps fixed beforehand.
 """
 
 import argparse
