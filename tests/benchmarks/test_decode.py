@@ -1,4 +1,4 @@
-"""The decode benchmark measures what it says: right tokens first, every weight once in the floor, figures in the file."""
+"""The decode benchmark measures what it says: right tokens first, every weight in the floor, figures in the file."""
 
 import json
 import sys
