@@ -43,6 +43,7 @@ setup(
         "pyyaml>=6.0",
         "jinja2>=3.1.6",
         "tqdm>=4.66",
+        "numpy",  # torch warns at every start without it
     ],
     extras_require={
         "dev": [
@@ -50,7 +51,6 @@ setup(
             "pytest-benchmark>=5",
             "hypothesis>=6.100",
             "transformers>=5.17",
-            "numpy",
             "matplotlib>=3.9",
             "ruff>=0.15",
             "mypy>=2.0",
