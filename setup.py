@@ -22,7 +22,7 @@ def packages() -> dict[str, str]:
 setup(
     name="tritium",
     version="0.1.0",
-    description="Qwen and MobileLLM decoders on hand-written Triton kernels, checked against plain PyTorch",
+    description="A transformer runtime for Qwen and MobileLLM models: one decoder, every operation defined",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

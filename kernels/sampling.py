@@ -60,6 +60,6 @@ def sample_reference(logits: Tensor, temperature: float, top_k: int, top_p: floa
         cumulative = probabilities.cumsum(-1)
     threshold = uniform.to(cumulative.dtype).unsqueeze(-1) * cumulative[:, -1:]
     # Rounding can leave the threshold at the total: the last token with any probability is then the one.
-    last = (probabilities > 0).sum(-1, keepdim=True) - 1
+    last = ((probabilities > 0).sum(-1, keepdim=True) - 1).clamp_(min=0)
     choice = torch.minimum((cumulative <= threshold).sum(-1, keepdim=True), last)
     return tokens.gather(-1, choice).squeeze(-1)

@@ -51,7 +51,7 @@ def weight_files(directory: Path) -> list[Path]:
         for name in sorted(set(map(str, weight_map.values()))):
             if name != os.path.basename(name) or not name.endswith(".safetensors") or name.startswith("."):
                 raise TritiumError(f"{index}: weight_map names {name!r}; only .safetensors files beside it are read")
-            if not (directory / name).is_file():
+            if not os.path.isfile(directory / name):
                 raise TritiumError(f"{directory}: the shard {name} is missing")
             files.append(directory / name)
         return files
@@ -124,19 +124,27 @@ def _read(path: Path, use: Callable[[Any], T]) -> T:
 
 @torch.no_grad()
 def save_pretrained(
-    model: Decoder, directory: str | Path, dtype: torch.dtype | None = None, shard_bytes: int = 5 * 10**9
+    model: Decoder,
+    directory: str | Path,
+    dtype: str | torch.dtype | None = None,
+    shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Writes config.json and safetensors in the layout of the family's published checkpoints.
 
-    `dtype` converts the weights (None keeps them). Files above `shard_bytes` are split and indexed.
+    `dtype` converts the weights (None keeps them). Files above `shard_bytes` are split and indexed; weight files of an
+    earlier save in the folder are removed. Raises TritiumError for a dtype, or a trait of the model, that the layout
+    cannot express.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    directory = Path(directory).expanduser()
     spec = model.config
     family = get_family(spec.family)
-    dtype = dtype or model.dtype
-    spec = spec.replace(dtype=next(name for name, value in DTYPES.items() if value == dtype))
+    wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype or model.dtype
+    if wanted not in DTYPES.values():
+        raise TritiumError(f"dtype: checkpoints are written as {', '.join(DTYPES)}; give dtype= one of them")
+    assert wanted is not None
+    spec = spec.replace(dtype=next(name for name, value in DTYPES.items() if value == wanted))
     config = config_from_spec(family, spec)
+    directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     parameters = dict(model.named_parameters())
@@ -144,7 +152,7 @@ def save_pretrained(
     shards: list[list[Piece]] = [[]]
     size = total = 0
     for piece in pieces:
-        nbytes = math.prod(piece.shape) * dtype.itemsize
+        nbytes = math.prod(piece.shape) * wanted.itemsize
         if size and size + nbytes > shard_bytes:
             shards.append([])
             size = 0
@@ -155,10 +163,13 @@ def save_pretrained(
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {piece.source: piece.read(parameters[piece.parameter]).to("cpu", dtype) for piece in shard}
+        tensors = {piece.source: piece.read(parameters[piece.parameter]).to("cpu", wanted) for piece in shard}
         save_file(tensors, directory / name, {"format": "pt"})
         (directory / name).chmod((directory / "config.json").stat().st_mode)  # the library's own is for the owner alone
         weight_map.update(dict.fromkeys(tensors, name))
+    for path in (directory / INDEX, directory / SINGLE, *directory.glob("model-*-of-*.safetensors")):
+        if path.name not in weight_map.values():
+            path.unlink(missing_ok=True)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,6 +1,7 @@
 """The command line: `tritium generate`, `tritium chat`, `tritium models`."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -17,7 +18,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="tritium", description="Run Qwen and MobileLLM models on Triton kernels or plain PyTorch.")
+    parser = Parser(prog="tritium", description="Run Qwen and MobileLLM models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
     source = Parser(add_help=False)
@@ -52,6 +53,7 @@ def _parser() -> Parser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command. Returns the exit code: 0, 2 for a mistake in what was asked, 130 when interrupted."""
+    _usable_streams()
     try:
         options = _parser().parse_args(arguments)
         {"generate": _generate, "chat": _chat, "models": _models}[options.command](options)
@@ -66,6 +68,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output left; Python would complain again while closing it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a full disk behind the output, above all
+        print(f"tritium: error: {error}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
+
+
+def _usable_streams() -> None:
+    """Standard streams that were closed become empty ones; characters that an output cannot show become `?`."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - for the process's whole life
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _generator(options: argparse.Namespace) -> Any:
@@ -137,10 +152,12 @@ def _chat(options: argparse.Namespace) -> None:
         return
     conversation = [] if options.system is None else [{"role": "system", "content": options.system}]
     has_template = generator.tokenizer.chat_template is not None
+    if options.system is not None and not has_template:
+        raise TritiumError("--system: this checkpoint has no chat template to put it in")
     while True:
         try:
             message = input("> ")
-        except EOFError:
+        except (EOFError, RuntimeError):  # the latter where standard input is closed
             print()
             return
         if not message.strip():

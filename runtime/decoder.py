@@ -164,7 +164,7 @@ class Decoder(nn.Module):
 
 def _next_labels(labels: Tensor, starts: Sequence[int]) -> Tensor:
     """Packed labels [T] shifted so that each token's is its successor's; a row's last has none."""
-    shifted = torch.full_like(labels, IGNORE_INDEX)
+    shifted = torch.full_like(labels, IGNORE_INDEX, dtype=torch.int64)
     shifted[:-1] = labels[1:]
     shifted[[end - 1 for start, end in pairwise(starts) if end > start]] = IGNORE_INDEX
     return shifted

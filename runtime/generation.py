@@ -28,9 +28,11 @@ class SamplingOptions:
     seed: int | None = None  # row r of a batch uses seed + r; None draws a fresh one
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "temperature", "top_k", "top_p"):
+        for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed"):
             value = getattr(self, name)
-            kind = int if name in ("max_new_tokens", "top_k") else int | float
+            if name == "seed" and value is None:
+                continue
+            kind = int | float if name in ("temperature", "top_p") else int
             if isinstance(value, bool) or not isinstance(value, kind):
                 raise TritiumError(f"{name}: must be a{' whole' if kind is int else ''} number, got {value!r}")
         rules = {
@@ -63,32 +65,34 @@ def _steps(
 ) -> Iterator[list[int | None]]:
     if not prompts or options.max_new_tokens == 0:
         return
+    rows = list(range(len(prompts)))
+    counts = [len(prompt) for prompt in prompts]
+    uniforms = _uniforms(options, len(rows), model.device)
+    stops = frozenset(eos_ids)
+    done = [False] * len(rows)
     with torch.inference_mode():
-        rows = list(range(len(prompts)))
-        counts = [len(prompt) for prompt in prompts]
         cache = KVCache(
             model.config, len(rows), max(counts) + options.max_new_tokens, dtype=model.dtype, device=model.device
         )
         plan = model.bind()
-        uniforms = _uniforms(options, len(rows), model.device)
-        stops = frozenset(eos_ids)
-        done = [False] * len(rows)
         tokens = torch.tensor([token for prompt in prompts for token in prompt], device=model.device)
-        ones = [1] * len(rows)
-        for step in range(options.max_new_tokens):
-            batch = Batch.appended(cache, rows, ones if step else counts)
-            _, logits = model.run(plan, tokens, batch, last_only=True)
+    for step in range(options.max_new_tokens):
+        with torch.inference_mode():  # not around the yield: whoever takes the token must not be in it
+            _, logits = model.run(plan, tokens, Batch.appended(cache, rows, counts), last_only=True)
+            if logits.isnan().any():
+                raise TritiumError(f"the logits are not numbers: the weights are broken, or overflow {model.dtype}")
             uniform = None if uniforms is None else uniforms[:, step]
             tokens = sample_reference(logits, options.temperature, options.top_k, options.top_p, uniform)
-            new: list[int | None] = tokens.tolist()
-            for row, token in enumerate(new):
-                if done[row]:
-                    new[row] = None
-                elif token in stops:
-                    done[row] = True
-            yield new
-            if all(done):
-                return
+        counts = [1] * len(rows)
+        new: list[int | None] = tokens.tolist()
+        for row, token in enumerate(new):
+            if done[row]:
+                new[row] = None
+            elif token in stops:
+                done[row] = True
+        yield new
+        if all(done):
+            return
 
 
 def _check(model: "Decoder", prompts: Sequence[Sequence[int]], options: SamplingOptions) -> None:

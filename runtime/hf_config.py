@@ -49,6 +49,10 @@ def _check_required(config: Mapping[str, Any], key: str, rule: Mapping[str, Any]
         value = rule.get("default", _MISSING)
         if value is _MISSING:
             return
+    if "unless" in rule:
+        reach, length = (_get(config, name) for name in rule["unless"])
+        if isinstance(reach, int) and isinstance(length, int) and reach >= length:
+            return
     if "each" in rule:
         entries = value if isinstance(value, list) else [value]
         wrong = [entry for entry in entries if entry != rule["each"]]
@@ -101,4 +105,8 @@ def config_from_spec(family: Family, spec: ModelSpec) -> dict[str, Any]:
                 _set(config, f"{entry['rope_scaling'][0]}.{name}", number)
     for key, value in family.export.items():
         _set(config, key, value)
+    again = spec_from_config(family, config, "config.json")
+    lost = [name for name, value in spec.as_dict().items() if again.as_dict()[name] != value]
+    if lost:
+        raise TritiumError(f"{family.name}: its config.json cannot express this model's {', '.join(lost)}")
     return config

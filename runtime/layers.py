@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from ..kernels.rms_norm import scaled
 from . import plan
 from .batch import Batch, Padding
+from .errors import TritiumError
 from .kernel_set import REFERENCE, KernelSet, normalise
 from .rope import RotaryEmbedding
 from .spec import ModelSpec
@@ -169,6 +170,8 @@ class TransformerBlock(nn.Module):
     def __init__(self, config: Any, layer_idx: int = 0, *, rotary: RotaryEmbedding | None = None) -> None:
         super().__init__()
         spec = as_spec(config)
+        if not 0 <= layer_idx < spec.num_layers:
+            raise TritiumError(f"layer_idx: must be 0 to {spec.num_layers - 1}, got {layer_idx}")
         norm = RMSNorm if spec.norm == "rms" else LayerNorm
         self.post_norm = spec.residual == "post_norm"
         self.attention_norm = norm(spec.embedding_dim, spec.norm_eps)

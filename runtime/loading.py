@@ -1,6 +1,7 @@
 """From a name to a model: hub ids, local folders and family:size, with their tokenizer and spec."""
 
 import functools
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -72,7 +73,7 @@ def load_config(path: str | Path) -> ModelSpec:
 
     A relative path is looked for here, then in the installed package.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if not path.is_file() and not path.is_absolute() and (MODELS.parent / path).is_file():
         path = MODELS.parent / path
     values = read_yaml(path)
@@ -126,24 +127,25 @@ def pick_device(device: str | torch.device | None) -> torch.device:
 
 
 def _pick_dtype(dtype: str | torch.dtype, spec: ModelSpec, device: torch.device) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
         return dtype
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else spec.torch_dtype
     if dtype not in DTYPES:
-        raise TritiumError(f"dtype: unknown {dtype!r}; {nearest(dtype, ['auto', *DTYPES])}")
+        raise TritiumError(f"dtype: unknown {str(dtype)!r}; {nearest(str(dtype), ['auto', *DTYPES])}")
     return DTYPES[dtype]
 
 
 def resolve_checkpoint(name: str, variant: str | None = None, progress: bool = True) -> Path:
     """The local folder of a checkpoint, downloaded first where `name` is a hub id or a published family:size."""
-    if Path(name).expanduser().is_dir():
-        return Path(name).expanduser()
+    folder = os.path.expanduser(name)  # unlike pathlib's, it does not raise for what cannot be
+    if os.path.isdir(folder):
+        return Path(folder)
     head, _, size = name.partition(":")
     if head.lower() in families():
         family = get_family(head)
         where = family.checkpoint(family.size_name(size or family.default_size), variant or family.default_variant)
-        return Path(where) if Path(where).is_dir() else download(where, progress)
+        return Path(where) if os.path.isdir(where) else download(where, progress)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
         return download(name, progress)
     if ":" in name:

@@ -32,11 +32,16 @@ class MobileLLMConfig:
             raise KeyError(name)
         return getattr(self, name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.__dataclass_fields__
+
     def to_spec(self) -> ModelSpec:
         """The spec that the decoder is built from. Raises TritiumError for sizes that do not fit together."""
         where = "MobileLLMConfig"
         if self.dropout != 0.0:
             raise TritiumError(f"{where}: dropout {self.dropout} is not supported, only 0.0")
+        if self.num_heads < 1:
+            raise TritiumError(f"{where}: num_heads must be above 0, got {self.num_heads}")
         if self.head_dim is None and self.embed_dim % self.num_heads:
             raise TritiumError(
                 f"{where}: embed_dim ({self.embed_dim}) must be a multiple of num_heads ({self.num_heads})"

@@ -15,7 +15,8 @@ import torch
 from .errors import TritiumError, nearest
 from .rope import RopeScaling
 
-MAX_LAYERS = 10_000  # a bound on what one wrong number can allocate
+MAX_LAYERS = 10_000  # bounds on what one wrong number can allocate
+MAX_SIZE = 2**31
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -63,6 +64,9 @@ class ModelSpec:
         if name not in _FIELDS:
             raise KeyError(name)
         return getattr(self, name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in _FIELDS
 
     @property
     def query_dim(self) -> int:
@@ -161,7 +165,13 @@ def _number_hint(text: str) -> str:
     return " (YAML reads 1e-6 as text: write 1.0e-6)" if "e" in text.lower() else " (remove the quotes)"
 
 
-_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    RopeScaling: "null or a mapping with a rope_type",
+}
 
 
 def _check_consistency(spec: ModelSpec) -> None:
@@ -169,6 +179,8 @@ def _check_consistency(spec: ModelSpec) -> None:
     for name in (*sizes, "hidden_dim", "layer_repeat", "norm_eps", "rope_base"):
         if not spec[name] > 0:
             raise TritiumError(f"{name} must be above 0, got {spec[name]}")
+        if not spec[name] < MAX_SIZE:
+            raise TritiumError(f"{name} must be below {MAX_SIZE}, got {spec[name]}")
     if spec.num_heads % spec.num_kv_heads:
         raise TritiumError(f"num_heads ({spec.num_heads}) must be a multiple of num_kv_heads ({spec.num_kv_heads})")
     if spec.positions == "rope" and spec.head_dim % 2:

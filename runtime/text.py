@@ -7,6 +7,7 @@ import torch
 from .decoder import Decoder
 from .errors import TritiumError
 from .generation import SamplingOptions, generate
+from .loading import pick_device
 from .tokenizer import Messages, StreamDecoder, Tokenizer
 
 
@@ -24,7 +25,7 @@ class TextGenerator:
             raise TritiumError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's {model.config.vocab_size}"
             )
-        self.model = model if device is None else model.to(device)
+        self.model = model if device is None else model.to(pick_device(device))
         self.tokenizer = tokenizer
 
     def generate(
@@ -32,7 +33,7 @@ class TextGenerator:
         prompt: str,
         *,
         stream: bool = False,
-        max_new_tokens: int = 100,
+        max_new_tokens: int | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -41,10 +42,12 @@ class TextGenerator:
     ) -> str | Iterator[str]:
         """The text that follows a prompt; with `stream`, its pieces as they come, each of whole characters.
 
-        Ends at an EOS of the checkpoint, before the first of the `stop` strings, or after `max_new_tokens`.
+        Ends at an EOS of the checkpoint, before the first of the `stop` strings, or after `max_new_tokens` (None: 100,
+        or what the context has left).
         """
-        options = self.options(max_new_tokens, temperature, top_k, top_p, seed)
-        pieces = self._pieces(self.tokenizer.encode(prompt), options, stop)
+        tokens = self.tokenizer.encode(prompt)
+        limit = self._limit(max_new_tokens, 100, tokens)
+        pieces = self._pieces(tokens, self.options(limit, temperature, top_k, top_p, seed), stop)
         return pieces if stream else "".join(pieces)
 
     def chat(
@@ -54,7 +57,7 @@ class TextGenerator:
         stream: bool = False,
         system: str | None = None,
         enable_thinking: bool | None = None,
-        max_new_tokens: int = 512,
+        max_new_tokens: int | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -64,7 +67,7 @@ class TextGenerator:
         """The answer to a message, or to a whole conversation of {"role", "content"} mappings.
 
         `enable_thinking` is Qwen3's switch: False asks for an answer without reasoning. A checkpoint without a chat
-        template continues the message as plain text. Otherwise as `generate`.
+        template continues the message as plain text. Otherwise as `generate`, with 512 new tokens where None is given.
         """
         messages: Messages = [{"role": "user", "content": message}] if isinstance(message, str) else message
         if system is not None:
@@ -74,8 +77,13 @@ class TextGenerator:
         else:
             text = self.tokenizer.apply_chat_template(messages, enable_thinking=enable_thinking)
             tokens = self.tokenizer.encode(text, add_special_tokens=False)
-        pieces = self._pieces(tokens, self.options(max_new_tokens, temperature, top_k, top_p, seed), stop)
+        limit = self._limit(max_new_tokens, 512, tokens)
+        pieces = self._pieces(tokens, self.options(limit, temperature, top_k, top_p, seed), stop)
         return pieces if stream else "".join(pieces)
+
+    def _limit(self, asked: int | None, usual: int, tokens: Sequence[int]) -> int:
+        """What was asked for as it is; else the usual, or what the context has left (1 where that is nothing)."""
+        return max(1, min(usual, self.model.config.context_length - len(tokens))) if asked is None else asked
 
     def options(
         self,

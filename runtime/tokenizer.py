@@ -12,6 +12,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from .errors import TritiumError
 from .files import read_json, read_text
+from .generation import SamplingOptions
 from .sandbox import Sandbox
 
 Messages = Sequence[Mapping[str, Any]]
@@ -111,7 +112,7 @@ class Tokenizer:
             chat_template=_chat_template(directory, config),
             special=special,
             eos_ids=sorted(eos),
-            defaults=_sampling_defaults(generation),
+            defaults=_sampling_defaults(generation, directory / "generation_config.json"),
             where=str(directory),
         )
 
@@ -122,6 +123,8 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Special tokens' own spelling in it counts as those tokens."""
+        if not isinstance(text, str):
+            raise TritiumError(f"the text must be a string, got {type(text).__name__}")
         try:
             return list(self.fast.encode(text, add_special_tokens=add_special_tokens).ids)
         except TypeError:  # half a surrogate pair, as a shell argument that is not UTF-8 brings it
@@ -209,11 +212,17 @@ def _overlap(text: str, stop: str) -> int:
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
 
 
-def _sampling_defaults(generation: Mapping[str, Any]) -> dict[str, Any]:
-    """What generation_config.json says of sampling, as SamplingOptions takes it."""
+def _sampling_defaults(generation: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """What generation_config.json says of sampling. Raises TritiumError where that makes no SamplingOptions."""
     if generation.get("do_sample") is False:
         return {"temperature": 0.0}
-    return {name: generation[name] for name in ("temperature", "top_k", "top_p") if generation.get(name) is not None}
+    names = ("temperature", "top_k", "top_p")
+    defaults = {name: generation[name] for name in names if generation.get(name) is not None}
+    try:
+        SamplingOptions(**defaults)
+    except TritiumError as error:
+        raise TritiumError(f"{where}: {error}") from None
+    return defaults
 
 
 def _token_text(value: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""Tritium: Qwen and MobileLLM decoders on hand-written Triton kernels, checked against plain PyTorch.
+"""Tritium: a transformer runtime for Qwen and MobileLLM models.
 
 The sub-packages `tritium.kernels`, `tritium.runtime`, `tritium.models` and `tritium.benchmarks` lie beside this folder
 in a checkout and inside it in a wheel.
