@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .rms_norm import wide
+
 IGNORE_INDEX = -100
 
 
 def cross_entropy_reference(logits: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
     """The definition: the mean loss in nats, float32 or float64."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    total = F.cross_entropy(wide, labels, ignore_index=ignore_index, reduction="sum")
+    total = F.cross_entropy(wide(logits), labels, ignore_index=ignore_index, reduction="sum")
     return total / torch.clamp((labels != ignore_index).sum(), min=1)

@@ -26,7 +26,7 @@ class Batch:
     slots: Tensor | None = None  # [T] int64, where each token's key and value go in the cache
     is_fresh: bool = True  # no row has earlier keys
     is_decode: bool = False  # every row brings exactly one token
-    _rope: dict[torch.dtype, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _rope: dict[tuple[RotaryEmbedding, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _bias: dict[int | None, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -41,7 +41,12 @@ class Batch:
 
     @classmethod
     def appended(cls, cache: KVCache, rows: Sequence[int], counts: Sequence[int]) -> "Batch":
-        """`counts` new tokens for each of the cache's `rows`, behind what the cache holds of them already."""
+        """`counts` new tokens, at least one, for each of the cache's `rows`, behind what it holds of them already.
+
+        Raises TritiumError where that does not fit the cache.
+        """
+        if not counts or min(counts) < 1:
+            raise TritiumError(f"counts: every row must bring at least one token, got {list(counts)}")
         before = [cache.lengths[row] for row in rows]
         positions = [at for start, count in zip(before, counts, strict=True) for at in range(start, start + count)]
         return cls(
@@ -67,11 +72,11 @@ class Batch:
 
     def rope(self, rotary: RotaryEmbedding, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Full-width (cos, sin) rows [T, 1, D] for this batch's positions, computed once a forward."""
-        if dtype not in self._rope:
+        if (rotary, dtype) not in self._rope:
             if self.lengths and self.longest > rotary.context_length:
                 raise TritiumError(f"{self.longest} positions exceed the context length of {rotary.context_length}")
-            self._rope[dtype] = rope_rows(*rotary.rows(self.positions, dtype))
-        return self._rope[dtype]
+            self._rope[rotary, dtype] = rope_rows(*rotary.rows(self.positions, dtype))
+        return self._rope[rotary, dtype]
 
     def decode_bias(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """[rows or 1, 1, L or 1]: 0 where a row's only query sees a key of the dense view, -inf where not."""

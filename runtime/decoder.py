@@ -153,6 +153,8 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def initialise(self, std: float = 0.02, seed: int = 0) -> "Decoder":
         """Redraws matrices from a normal distribution, sets norms to one and biases to zero."""
+        if self.device.type == "meta":  # nothing to draw into yet
+            return self
         generator = torch.Generator(self.device).manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:

@@ -79,12 +79,14 @@ def _steps(
     for step in range(options.max_new_tokens):
         with torch.inference_mode():  # not around the yield: whoever takes the token must not be in it
             _, logits = model.run(plan, tokens, Batch.appended(cache, rows, counts), last_only=True)
-            if logits.isnan().any():
-                raise TritiumError(f"the logits are not numbers: the weights are broken, or overflow {model.dtype}")
             uniform = None if uniforms is None else uniforms[:, step]
             tokens = sample_reference(logits, options.temperature, options.top_k, options.top_p, uniform)
+            # Told by an impossible id, so that the host looks once a step.
+            told = tokens.masked_fill(logits.isnan().any(-1), -1)
         counts = [1] * len(rows)
-        new: list[int | None] = tokens.tolist()
+        new: list[int | None] = told.tolist()
+        if -1 in new:
+            raise TritiumError(f"the logits are not numbers: the weights are broken, or overflow {model.dtype}")
         for row, token in enumerate(new):
             if done[row]:
                 new[row] = None

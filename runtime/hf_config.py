@@ -4,7 +4,7 @@ Only the keys that the family lists are read: nothing else in a config.json has 
 (dots reach into nested mappings) or one converter of a closed list:
 
     {first_of: [KEY, ...], default: VALUE}   the first key that is there
-    {per_layer: KEY}                         a list with one truth value a layer
+    {per_layer: KEY, layers: KEY}            a list with one truth value a layer, cut to the number of layers
     {rope_scaling: [KEY, ...]}               the first mapping that names a scaling rule; absent or `default`: none
 """
 
@@ -77,7 +77,8 @@ def _read(config: Mapping[str, Any], entry: Any, where: str) -> Any:
         value = _get(config, entry["per_layer"])
         if not isinstance(value, list) or not value:
             raise TritiumError(f"{where}: {entry['per_layer']} must be a list with one entry a layer")
-        return [bool(flag) for flag in value]
+        layers = _get(config, entry["layers"])  # published lists can be longer than the layers
+        return [bool(flag) for flag in value[: layers if isinstance(layers, int) else None]]
     for key in entry["rope_scaling"]:
         value = _get(config, key)
         if isinstance(value, Mapping) and value.get("rope_type", value.get("type", "default")) != "default":

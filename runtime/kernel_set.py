@@ -7,6 +7,7 @@ all rows packed one after another (see batch.py); every phase is a function of i
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -39,7 +40,8 @@ def normalise(x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
     if norm is None:
         return x, x
     if norm.kind == "rms":
-        y = rms_norm_reference(x, norm.scaled or norm.weight, norm.eps)
+        prepared = norm.scaled if x.dtype is torch.float32 else None
+        y = rms_norm_reference(x, prepared or norm.weight, norm.eps)
     else:
         y = layer_norm_reference(x, norm.weight, norm.bias, norm.eps)
     return (y if norm.replaces_stream else x), y
@@ -56,6 +58,7 @@ def _qk_norm_rope_cache(qkv: Tensor, attention: Attention, batch: Batch) -> tupl
     cos, sin = (None, None)
     if attention.rotary is not None:
         cos, sin = batch.rope(attention.rotary, attention.rope_dtype)
+    prepared = attention.qk_norm_scaled if qkv.dtype is torch.float32 else None
     q, k, v = qk_norm_rope_reference(
         qkv,
         attention.num_heads,
@@ -63,7 +66,7 @@ def _qk_norm_rope_cache(qkv: Tensor, attention: Attention, batch: Batch) -> tupl
         cos,
         sin,
         attention.qk_norm,
-        attention.qk_norm_scaled or attention.qk_norm_weight,
+        prepared or attention.qk_norm_weight,
         attention.eps,
         attention.qk_norm_first,
     )
@@ -142,8 +145,6 @@ def resolve_backend(name: str) -> KernelSet:
 
 def _triton_obstacle() -> str:
     import importlib.util
-
-    import torch
 
     if not torch.cuda.is_available():
         return "it needs a GPU that Triton drives, and torch sees none"

@@ -156,12 +156,16 @@ def resolve_checkpoint(name: str, variant: str | None = None, progress: bool = T
 def download(repository: str, progress: bool = True) -> Path:
     """A hub repository's local snapshot, downloaded where not cached. HF_HOME, HF_TOKEN and HF_HUB_OFFLINE hold."""
     import huggingface_hub
-    from huggingface_hub.utils.tqdm import disable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    if not progress:
+    quieted = not progress and not are_progress_bars_disabled()
+    if quieted:
         disable_progress_bars()
     try:
         return Path(huggingface_hub.snapshot_download(repository, allow_patterns=HUB_FILES))
     except Exception as error:  # the hub client, its HTTP library and the network raise many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TritiumError(f"{repository}: no such folder here, and the hub did not give it ({reason})") from None
+    finally:
+        if quieted:
+            enable_progress_bars()

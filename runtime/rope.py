@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .errors import TritiumError, nearest
 
@@ -58,7 +59,7 @@ def inverse_frequencies(head_dim: int, base: float, scaling: RopeScaling | None 
 
     Plain: base^(-2i / head_dim). The scaled rules are those of `transformers`' modeling_rope_utils.
     """
-    frequencies = 1.0 / (base ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
+    frequencies = 1.0 / (base ** (torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim))
     if scaling is None:
         return frequencies, 1.0
     value = {key: number for key, number in scaling.values if number is not None}
@@ -78,7 +79,7 @@ def inverse_frequencies(head_dim: int, base: float, scaling: RopeScaling | None 
     low_index = max(math.floor(correction(value["beta_fast"])), 0)
     high_index = min(math.ceil(correction(value["beta_slow"])), head_dim - 1)
     width = max(high_index - low_index, 0.001)
-    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low_index) / width).clamp(0, 1)
+    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - low_index) / width).clamp(0, 1)
     attention_factor = value.get("attention_factor", 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
     return frequencies / factor * ramp + frequencies * (1 - ramp), attention_factor
 
@@ -93,11 +94,14 @@ class RotaryEmbedding:
 
     def table(self, device: torch.device) -> Tensor:
         """The whole table, computed once a device in float32 (a bfloat16 position would lose integers above 256)."""
-        if device not in self._tables:
-            frequencies, factor = inverse_frequencies(*self._rule)
-            angles = torch.outer(torch.arange(self.context_length, dtype=torch.float32), frequencies)
-            self._tables[device] = (torch.stack((angles.cos(), angles.sin()), 1) * factor).to(device)
-        return self._tables[device]
+        if device in self._tables:
+            return self._tables[device]
+        frequencies, factor = inverse_frequencies(*self._rule)
+        angles = torch.outer(torch.arange(self.context_length, dtype=torch.float32, device="cpu"), frequencies)
+        table = (torch.stack((angles.cos(), angles.sin()), 1) * factor).to(device)
+        if not isinstance(table, FakeTensor):  # a tracer's tensor must not outlive its trace
+            self._tables[device] = table
+        return table
 
     def rows(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(cos, sin), each [T, head_dim / 2] in `dtype`, for positions [T]."""

@@ -111,7 +111,7 @@ class ModelSpec:
             if name == "rope_scaling" and isinstance(value, Mapping):
                 value = RopeScaling.parse(dict(value), f"{where}: {name}")
             elif get_origin(kind) is tuple and isinstance(layers, int):
-                value = tuple(value[:layers]) if isinstance(value, list | tuple) else (value,) * layers
+                value = tuple(value) if isinstance(value, list | tuple) else (value,) * layers
             checked[name] = _checked(value, kind, f"{where}: {name}")
         try:
             return cls(**checked)
@@ -119,8 +119,14 @@ class ModelSpec:
             raise TritiumError(f"{where}: {error}") from None
 
     def replace(self, **changes: Any) -> "ModelSpec":
-        """A copy with other values, checked like any spec. Another `num_layers` needs per-layer fields that fit."""
-        return ModelSpec.from_dict({**self.as_dict(), **changes}, f"{self.family} spec")
+        """A copy with other values, checked like any spec. A per-layer field that is the same in all layers stays so
+        when `num_layers` changes; one that is not must be given anew.
+        """
+        values = self.as_dict()
+        for name, kind in _FIELDS.items():
+            if get_origin(kind) is tuple and len(set(values[name])) == 1:
+                values[name] = values[name][0]
+        return ModelSpec.from_dict({**values, **changes}, f"{self.family} spec")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as `from_dict` takes them."""

@@ -65,7 +65,7 @@ def _pieces(
     if isinstance(rule, str):
         yield Piece(rule.replace("{layer}", layer), parameter, start, shape, (), ())
     elif isinstance(rule, Mapping) and set(rule) == {"cat", "rows"}:
-        rows = [int(spec[name] if name in spec.as_dict() else getattr(spec, name)) for name in rule["rows"]]
+        rows = [int(getattr(spec, name)) for name in rule["rows"]]
         if sum(rows) != shape[0] or len(rows) != len(rule["cat"]):
             raise TritiumError(f"{where}: {parameter} has {shape[0]} rows, its map {rows}")
         for part, count in zip(rule["cat"], rows, strict=True):

@@ -46,7 +46,7 @@ CASES = [
 ]
 
 
-def build(case: Case, seed: int = 0) -> PreTrainedModel:
+def build(case: Case, seed: int = 0, no_rope_layers: list[int] | None = None) -> PreTrainedModel:
     """A float32 `transformers` model of this shape, redrawn."""
     shape: dict[str, Any] = {
         "vocab_size": VOCAB,
@@ -77,7 +77,8 @@ def build(case: Case, seed: int = 0) -> PreTrainedModel:
             interleave_moe_layer_step=0,
             num_local_experts=0,
             num_experts_per_tok=0,
-            no_rope_layers=[1] * (case.layers + 2),  # longer than the layers, as in the published 360M
+            no_rope_layers=no_rope_layers
+            or [1] * (case.layers + 2),  # longer than the layers, as in the published 360M
             layer_types=["full_attention"] * case.layers,
             **shape,
         )

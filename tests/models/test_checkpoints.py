@@ -12,6 +12,8 @@ from tritium.runtime.batch import Batch
 from tritium.runtime.checkpoint import load_weights, read_spec
 from tritium.runtime.decoder import Decoder
 from tritium.runtime.kv_cache import KVCache
+from tritium.runtime.registry import get_family
+from tritium.runtime.weight_map import WeightMap
 
 import tritium
 from tests import oracle
@@ -131,18 +133,55 @@ def test_padding_changes_nothing(pair: Pair, side: str) -> None:
 
 
 def test_gradients_equal(pair: Pair) -> None:
-    """The loss's gradient by the embedding equals transformers', with and without checkpointing."""
+    """The loss's gradient by every tensor equals transformers', with and without checkpointing."""
     x = oracle.tokens(2, 13)
     pair.theirs.zero_grad()
     pair.theirs(x, labels=x).loss.backward()
-    expected = pair.theirs.get_input_embeddings().weight.grad
+    expected = {name: parameter.grad for name, parameter in pair.theirs.named_parameters()}
     for checkpointing in (False, True):
         pair.ours.zero_grad()
         pair.ours.enable_gradient_checkpointing(checkpointing)
         pair.ours(x, labels=x).loss.backward()
-        atol = 1e-5 * float(expected.abs().max())
-        torch.testing.assert_close(pair.ours.embedding.weight.grad, expected, atol=atol, rtol=0)
+        ours = dict(pair.ours.named_parameters())
+        pieces = WeightMap(get_family(pair.case.family), pair.ours.config, ours.items()).pieces
+        assert set(pieces) == set(expected)
+        for name, piece in pieces.items():
+            found = piece.read(ours[piece.parameter].grad)
+            torch.testing.assert_close(found, expected[name], atol=1e-5 * expected[name].abs().max().item(), rtol=0)
     pair.ours.enable_gradient_checkpointing(False)
+
+
+def test_bfloat16_is_near_transformers(pair: Pair) -> None:
+    """In bfloat16 both round at the same places: logits of a prefill and of decode steps differ by rounding only."""
+    theirs = oracle.build(pair.case).to(torch.bfloat16)
+    ours, _, _ = tritium.load(pair.directory, dtype="bfloat16", device="cpu")
+    assert ours.bind().layers[0].attention.rope_dtype == (
+        torch.bfloat16 if pair.case.family == "qwen3" else torch.float32
+    )
+    x = oracle.tokens(2, 15)
+    with torch.inference_mode():
+        expected = theirs(x).logits
+        torch.testing.assert_close(ours(x).logits, expected, atol=0.5, rtol=0)
+        assert (ours(x).logits - expected).abs().float().mean() < 0.05
+        cache, plan = KVCache(ours.config, 2, 20, torch.bfloat16), ours.bind()
+        ours.run(plan, x[:, :12].flatten(), Batch.appended(cache, [0, 1], [12, 12]))
+        for step in range(12, 15):
+            _, logits = ours.run(plan, x[:, step], Batch.appended(cache, [0, 1], [1, 1]))
+            assert (logits - expected[:, step]).abs().float().mean() < 0.05
+
+
+def test_layers_without_rotation(tmp_path: Path) -> None:
+    """MobileLLM's no_rope_layers: a layer with 0 neither rotates nor normalises q and k, in prefill and decode."""
+    case = oracle.Case("mobilellm", 6, 2, 16, tied=True)
+    theirs = oracle.build(case, no_rope_layers=[1, 0, 1])
+    theirs.save_pretrained(tmp_path)
+    ours, _, spec = tritium.load(tmp_path, device="cpu")
+    assert spec.rope_layers == spec.qk_norm_layers == (True, False, True)
+    x = oracle.tokens(2, 21)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x).logits, theirs(x).logits, **EXACT)
+    expected = theirs.generate(x, max_new_tokens=20, do_sample=False)
+    assert torch.equal(ours.generate(x, 20, temperature=0), expected)
 
 
 def test_export_is_the_inverse_of_loading(pair: Pair, tmp_path: Path) -> None:

@@ -121,6 +121,36 @@ def test_gradient_checkpointing_keeps_loss_and_gradients(model: MobileLLM) -> No
     assert all(gradient.abs().max() > 0 for gradient in found[0])
 
 
+def test_gradient_checkpointing_recomputes(model: MobileLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    run = layers.run_layer
+    monkeypatch.setattr(layers, "run_layer", lambda *arguments: calls.append(1) or run(*arguments))
+    x = torch.randint(0, 101, (1, 5))
+    for enable, expected in ((False, 2), (True, 4)):
+        calls.clear()
+        model.enable_gradient_checkpointing(enable)
+        model(x, labels=x).loss.backward()
+        assert len(calls) == expected
+    model.enable_gradient_checkpointing(False)
+
+
+def test_half_precision_activations_under_float32_weights() -> None:
+    """Statistics are float32 whatever the weights are: squares of fp16 activations would overflow."""
+    out = RMSNorm(4096)(torch.full((1, 4096), 1100.0, dtype=torch.float16))
+    assert torch.equal(out, torch.ones_like(out))
+
+
+def test_a_model_on_meta_and_a_traced_one() -> None:
+    with torch.device("meta"):
+        assert MobileLLM(MobileLLMConfig(**SMALL)).num_parameters() > 0
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    rotary = layers.RotaryEmbedding(8, 1e4, 16)
+    with FakeTensorMode():
+        assert isinstance(rotary.table(torch.device("cpu")), FakeTensor)
+    assert not isinstance(rotary.table(torch.device("cpu")), FakeTensor)
+
+
 def test_layers_alone(model: MobileLLM) -> None:
     """The promised constructors give layers that compose to the model."""
     norm = RMSNorm(dim=48, eps=1e-5)

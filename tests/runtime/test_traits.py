@@ -187,10 +187,11 @@ def test_classic_transformer(residual: str, activation: str) -> None:
     torch.testing.assert_close(model(x).logits, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_repeated_layer_is_two_layers_with_the_same_weights() -> None:
+@pytest.mark.parametrize("residual", ["pre_norm", "post_norm"])
+def test_a_repeated_layer_is_two_layers_with_the_same_weights(residual: str) -> None:
     """layer_repeat runs each block twice in succession, each time with a cache slot of its own."""
-    shared = classic(layer_repeat=2, norm="rms", positions="rope")
-    apart = classic(num_layers=4, norm="rms", positions="rope")
+    shared = classic(layer_repeat=2, norm="rms", positions="rope", residual=residual)
+    apart = classic(num_layers=4, norm="rms", positions="rope", residual=residual)
     state = apart.state_dict()
     for key, value in shared.state_dict().items():
         if key.startswith("stack.layers."):
@@ -204,6 +205,18 @@ def test_a_repeated_layer_is_two_layers_with_the_same_weights() -> None:
     assert torch.equal(shared(x).logits, apart(x).logits)
     assert torch.equal(shared.generate(x, 12, temperature=0), apart.generate(x, 12, temperature=0))
     assert KVCache(shared.config, 1, 10, torch.float32).keys[3].shape == (4, 1, 256, 8)
+
+
+@pytest.mark.parametrize("residual", ["pre_norm", "post_norm"])
+def test_learned_positions_go_on_in_decode(residual: str) -> None:
+    model = classic(residual=residual)
+    x = torch.randint(0, 53, (1, 12))
+    expected = model(x).logits[0]
+    cache, plan = KVCache(model.config, 1, 20, torch.float32), model.bind()
+    with torch.inference_mode():
+        for start, count in ((0, 5), *((position, 1) for position in range(5, 12))):
+            _, logits = model.run(plan, x[0, start : start + count], Batch.appended(cache, [0], [count]))
+            torch.testing.assert_close(logits, expected[start : start + count], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("windows", [5, [None, 3]], ids=str)
