@@ -14,6 +14,8 @@ Floor: numel(logits) * itemsize bytes read once.
 import torch
 from torch import Tensor
 
+from .rms_norm import wide
+
 _MASK = 0xFFFFFFFF
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
@@ -45,10 +47,9 @@ def sample_reference(logits: Tensor, temperature: float, top_k: int, top_p: floa
         return logits.argmax(-1)
     if uniform is None:
         raise ValueError("sampling at a temperature above 0 needs one uniform number a row")
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    ordered, tokens = wide.sort(dim=-1, descending=True, stable=True)
+    ordered, tokens = wide(logits).sort(dim=-1, descending=True, stable=True)
     # Differences to the likeliest token stay finite at the smallest temperature.
-    ordered = (ordered - ordered[:, :1]) / max(temperature, torch.finfo(wide.dtype).tiny)
+    ordered = (ordered - ordered[:, :1]) / max(temperature, torch.finfo(ordered.dtype).tiny)
     if 0 < top_k < logits.shape[-1]:
         ordered, tokens = ordered[:, :top_k], tokens[:, :top_k]
     probabilities = ordered.softmax(-1)

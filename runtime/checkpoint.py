@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from .decoder import Decoder
-from .errors import TritiumError
+from .errors import TritiumError, out_of_memory_named
 from .files import read_json
 from .hf_config import config_from_spec, spec_from_config
 from .registry import family_of_model_type, get_family
@@ -100,12 +100,8 @@ def load_weights(model: Decoder, directory: Path, progress: bool = True, device:
 def allocate(model: Decoder, device: torch.device | str) -> None:
     """Gives a meta model real, uninitialised parameters. Raises TritiumError when the device lacks the memory."""
     needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    try:
+    with out_of_memory_named("the weights", needed, device):
         model.to_empty(device=device)
-    except RuntimeError as error:  # torch.OutOfMemoryError, and the CPU allocator's plain RuntimeError
-        if "memory" not in str(error):
-            raise
-        raise TritiumError(f"out of memory: the weights need {needed / 2**30:.1f} GiB on {device}") from None
 
 
 def _entries(checkpoint: Any) -> list[tuple[str, str, tuple[int, ...]]]:

@@ -1,7 +1,8 @@
 """The error a person can act on."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class TritiumError(ValueError):
@@ -18,3 +19,14 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     likely = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.5)]
     hint = f"did you mean {' or '.join(likely)}? " if likely else ""
     return f"{hint}known: {', '.join(choices)}"
+
+
+@contextmanager
+def out_of_memory_named(what: str, nbytes: int, device: object) -> Iterator[None]:
+    """Turns a failed allocation inside the block into a TritiumError that says what needed how much, and where."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError, and the CPU allocator's plain RuntimeError
+        if "memory" not in str(error):
+            raise
+        raise TritiumError(f"out of memory: {what} need {nbytes / 2**30:.1f} GiB on {device}") from None

@@ -106,8 +106,8 @@ def config_from_spec(family: Family, spec: ModelSpec) -> dict[str, Any]:
                 _set(config, f"{entry['rope_scaling'][0]}.{name}", number)
     for key, value in family.export.items():
         _set(config, key, value)
-    again = spec_from_config(family, config, "config.json")
-    lost = [name for name, value in spec.as_dict().items() if again.as_dict()[name] != value]
+    again = spec_from_config(family, config, "config.json").as_dict()
+    lost = [name for name, value in spec.as_dict().items() if again[name] != value]
     if lost:
         raise TritiumError(f"{family.name}: its config.json cannot express this model's {', '.join(lost)}")
     return config

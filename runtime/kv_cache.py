@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .errors import TritiumError
+from .errors import TritiumError, out_of_memory_named
 from .spec import ModelSpec
 
 PAGE_SIZE = 256  # tokens; also the split of decode attention, a multiple of every key/value tile
@@ -31,15 +31,9 @@ class KVCache:
         num_pages = rows * self._pages_per_row
         # Zeroed: masked keys still meet a probability of 0 in the product, and 0 * NaN would be NaN.
         shape = (spec.num_cache_slots, 2, spec.num_kv_heads, num_pages, PAGE_SIZE, spec.head_dim)
-        try:
+        needed = math.prod(shape) * dtype.itemsize
+        with out_of_memory_named(f"keys and values of {rows} x {capacity} tokens", needed, device):
             self._pool = torch.zeros(shape, dtype=dtype, device=device)
-        except RuntimeError as error:  # torch.OutOfMemoryError, and the CPU allocator's plain RuntimeError
-            if "memory" not in str(error):
-                raise
-            needed = math.prod(shape) * dtype.itemsize / 2**30
-            raise TritiumError(
-                f"out of memory: keys and values of {rows} x {capacity} tokens need {needed:.1f} GiB on {device}"
-            ) from None
         self.keys = [layer[0] for layer in self._pool]
         self.values = [layer[1] for layer in self._pool]
         # Every layer's view token by token, made once: making one costs as much as a small operation.

@@ -18,7 +18,6 @@ class Family:
     """One family.yaml."""
 
     name: str
-    title: str
     folder: Path
     model_types: tuple[str, ...]  # `model_type` of the checkpoints it reads
     default_size: str

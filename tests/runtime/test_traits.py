@@ -19,7 +19,6 @@ from tests import oracle
 # A family that the package does not have, as its one file: Llama's layout, with Qwen2's biases where `bias` says so.
 FAMILY = """
 name: {name}
-title: {name}
 model_types: [{name}]
 default: {{size: tiny, variant: base}}
 hub: {{base: nobody/nothing}}
