@@ -5,6 +5,12 @@ import os
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # before anything imports Triton: kernels are decorated for the one or the other
+    os.environ["TRITON_INTERPRET"] = "1"
+    from . import interpreter
+
+    interpreter.install()
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
 # Tiny models gain nothing from threads, and lose much to them when several tests or programs share the cores.
 torch.set_num_threads(1)
@@ -18,3 +24,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if len(kept) != len(items):
         config.hook.pytest_deselected(items=[item for item in items if "gpu" in item.keywords])
         items[:] = kept
+
+
+@pytest.fixture
+def poisoned() -> "pytest.FixtureRequest":
+    """torch.empty gives NaN (integers: the largest), so that whatever a kernel does not write shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)

@@ -1,0 +1,105 @@
+"""What every launcher stands on: Triton where there is one, the launch itself, and registration with torch.library.
+
+Not an operation. Kernel files take `triton` and `tl` from here, so that their definitions also import on a machine
+without Triton (macOS, Windows).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Absent:
+    """Stands in for Triton where it is not installed: decorators and annotations work, nothing can be launched."""
+
+    def __getattr__(self, name: str) -> "_Absent":
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return args[0] if args and callable(args[0]) else self
+
+
+triton: Any
+tl: Any
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = _Absent()
+
+INSTALLED = not isinstance(triton, _Absent)
+INTERPRETED = INSTALLED and bool(triton.knobs.runtime.interpret)
+"""Kernels run on the CPU, an array operation at a time: TRITON_INTERPRET=1 was set before Triton was imported."""
+
+OLDEST_CAPABILITY = (8, 0)  # bfloat16 matrix instructions and asynchronous copies
+
+
+def obstacle(device: torch.device) -> str | None:
+    """Why kernels cannot run on tensors of `device`, in words; None where they can."""
+    if not INSTALLED:
+        return "the package triton is not installed"
+    if INTERPRETED:
+        return None if device.type == "cpu" else "the interpreter is on, which computes on the CPU"
+    if not torch.cuda.is_available():
+        return "it needs a GPU that Triton drives, and torch sees none"
+    if device.type != "cuda":
+        return f"the tensors are on {device}, and Triton drives the GPU"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"the GPU has compute capability {major}.{minor}, and the kernels need 8.0 or newer"
+    return None
+
+
+def require(x: Tensor, *others: Tensor | None, dtypes: tuple[torch.dtype, ...] | None = None) -> None:
+    """Raises what a caller's mistake deserves: kernels that cannot run here, a wrong dtype, tensors apart.
+
+    Meta tensors pass: they are compiled for, not computed with.
+    """
+    if not x.is_meta and (why := obstacle(x.device)) is not None:
+        raise RuntimeError(f"a Triton kernel cannot run here: {why}; the definition (`*_reference`) runs anywhere")
+    dtypes = dtypes or (torch.float32, torch.bfloat16, torch.float16)
+    if x.dtype not in dtypes:
+        raise TypeError(f"a kernel takes {', '.join(map(str, dtypes))}, got {x.dtype}")
+    for other in others:
+        if other is not None and other.device != x.device:
+            raise ValueError(f"tensors lie on {x.device} and {other.device}: they must be on one device")
+
+
+def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **options: Any) -> None:
+    """Runs `kernel` over `grid` on the device of `like`, its first argument; compiles only, where that is meta.
+
+    Contraction of a product and a sum into one rounding is pinned: its default changes between Triton versions.
+    """
+    options.setdefault("enable_fp_fusion", True)
+    if like.is_meta:
+        kernel.warmup(like, *args, grid=grid, **options)
+    elif like.is_cuda and like.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(like.device):
+            kernel[grid](like, *args, **options)
+    else:
+        kernel[grid](like, *args, **options)
+
+
+_LIBRARY = torch.library.Library("tritium", "DEF")
+
+
+def register(
+    schema: str, launcher: Callable[..., Any], reference: Callable[..., Any], fake: Callable[..., Any] | None = None
+) -> None:
+    """Makes `torch.ops.tritium.<name>` of a launcher, for `torch.compile(fullgraph=True)`, export and other callers.
+
+    Where no kernel can run (a CPU), the operation is its definition. `fake` computes the outputs' shapes; it is
+    needless where the operation only writes into its arguments.
+    """
+    name = schema.partition("(")[0]
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        tensor = next(arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor))
+        return (launcher if obstacle(tensor.device) is None else reference)(*args, **kwargs)
+
+    _LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, run, key)
+    torch.library.register_fake(f"tritium::{name}", fake or (lambda *args, **kwargs: None), lib=_LIBRARY)
