@@ -11,8 +11,8 @@ PROMPT ?= ROMEO:
 demo: $(VENV)/.runtime
 	$(BIN)/tritium generate --prompt "$(PROMPT)" --max-new-tokens 120 --seed 1 --stream
 
-test: $(VENV)/.development
-	$(BIN)/python -m pytest
+test: $(VENV)/.development $(VENV)/triton-3.6.0
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
 lint: $(VENV)/.development
 	$(BIN)/ruff check .
@@ -32,6 +32,10 @@ $(VENV)/.runtime: setup.py constraints.txt | $(VENV)/bin/python
 $(VENV)/.development: setup.py constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@
+
+# The oldest Triton that is supported: the kernels' compilation is tested under it too (tests/aot).
+$(VENV)/triton-3.6.0: | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --no-deps --target "$@" triton==3.6.0
 
 clean:
 	rm -rf "$(VENV)" build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

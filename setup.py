@@ -22,7 +22,7 @@ def packages() -> dict[str, str]:
 setup(
     name="tritium",
     version="0.1.0",
-    description="A transformer runtime for Qwen and MobileLLM models: one decoder, every operation defined",
+    description="A transformer runtime for Qwen and MobileLLM models, with hand-written Triton kernels",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -49,6 +49,7 @@ setup(
         "dev": [
             "pytest>=8",
             "pytest-benchmark>=5",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "transformers>=5.17",
             "matplotlib>=3.9",

@@ -9,11 +9,17 @@ own, and with a window W only the last W of those. Query head h reads key/value 
 Shapes: q [T, Hq, D] with all sequences' queries packed one after another; k and v [T, Hk, D] packed likewise, or in
 the cache [Hk, pages, page_size, D]; out [T, Hq, D].
 Rounding: scores, mask and softmax in float32 (float64 stays); probabilities round to the input dtype before the
-product with v, which accumulates in float32; one rounding at the end.
+product with v, which accumulates in float32; one rounding at the end. The definition rounds the probabilities
+themselves; the kernel rounds exp(score - maximum so far) and divides the float32 result by the float32 sum.
+Order: a query's keys are taken in tiles of BLOCK_N that begin at multiples of BLOCK_N from the sequence's first key.
+A tile of which a query sees nothing leaves the query's bits as they were. So they depend neither on the batch, nor on
+where the keys lie, nor on the chunks in which a sequence is prefilled. A NaN reaches the queries that see it, and the
+others of its own sequence in the same tile, whose probability of 0 multiplies it; never another sequence's.
 Floor: decode reads 2 * L * Hk * D * itemsize bytes a sequence; prefill does 4 * Hq * D operations for each visible
 (query, key) pair.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -21,7 +27,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import tuning
+from .launch import launch, register, require, tl, triton
 from .rms_norm import wide
+
+WIDEST = 256  # the largest head dimension: a program holds a tile of whole heads
+LOG2_E = math.log2(math.e)
+
+
+def _ints(values: Sequence[int] | Tensor) -> Sequence[int]:
+    return values.tolist() if isinstance(values, Tensor) else values
 
 
 def visible(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
@@ -33,10 +48,10 @@ def visible(num_queries: int, num_keys: int, window: int | None, device: torch.d
 
 
 def attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int], scale: float, window: int | None = None
+    q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int] | Tensor, scale: float, window: int | None = None
 ) -> Tensor:
     """Prefill and training: every sequence attends to its own new keys. `starts` [rows + 1] bounds the sequences."""
-    rows = list(pairwise(starts))
+    rows = list(pairwise(_ints(starts)))
     lengths = {end - start for start, end in rows}
     if len(lengths) == 1 and q.numel():  # one call for all rows
         shape = (len(rows), lengths.pop(), -1, q.shape[-1])
@@ -67,18 +82,19 @@ def paged_attention_reference(
     k_cache: Tensor,
     v_cache: Tensor,
     page_table: Tensor,
-    starts: Sequence[int],
-    lengths: Sequence[int],
+    starts: Sequence[int] | Tensor,
+    lengths: Sequence[int] | Tensor,
     scale: float,
     window: int | None = None,
 ) -> Tensor:
     """Queries over a paged cache: row r has queries starts[r]:starts[r + 1] and `lengths[r]` keys, its own included.
 
-    `page_table` [rows, pages] int64 names each row's pages in order.
+    `page_table` [rows, pages] of integers names each row's pages in order.
     """
     parts = []
-    for row, length in enumerate(lengths):
-        pages = page_table[row, : -(-length // k_cache.shape[2])]
+    starts = _ints(starts)
+    for row, length in enumerate(_ints(lengths)):
+        pages = page_table[row, : -(-length // k_cache.shape[2])].long()
         # [Hk, pages, page_size, D] -> [1, L, Hk, D]
         k, v = (cache[:, pages].flatten(1, 2)[:, :length].transpose(0, 1).unsqueeze(0) for cache in (k_cache, v_cache))
         parts.append(_attend(q[starts[row] : starts[row + 1]].unsqueeze(0), k, v, scale, window).squeeze(0))
@@ -110,3 +126,321 @@ def decode_attention_reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, sc
     if rows > 1:
         out = out.view(num_kv_heads, rows, groups, head_dim).transpose(0, 1)
     return out.reshape(rows, num_heads, head_dim)
+
+
+@triton.jit
+def _attend_tiles(
+    acc,  # [BLOCK_M, BLOCK_D] float32, sum of probabilities * v so far, for the maximum `best`
+    total,  # [BLOCK_M] float32, sum of probabilities so far
+    best,  # [BLOCK_M] float32, largest score * scale so far
+    q,  # [BLOCK_M, BLOCK_D]
+    o_m,  # [BLOCK_M], positions of the queries in their sequence
+    k_ptr,  # the head's keys
+    v_ptr,  # the head's values
+    k_desc,
+    v_desc,
+    table_ptr,  # the sequence's pages
+    kv_head,
+    start,  # of the sequence among the packed tokens
+    length,  # keys of the sequence
+    first,  # key of the first tile
+    last,  # end of the last one
+    stride_kt,
+    stride_vt,
+    scale,
+    window,
+    MASKED: tl.constexpr,  # some query does not see some key
+    TAIL: tl.constexpr,  # some key may lie past the length
+    D: tl.constexpr,
+    PAGED: tl.constexpr,
+    PAGE: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    TMA: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Takes the keys first:last. Both forms do the same arithmetic: where the mask hides nothing, to the bit."""
+    o_n = tl.arange(0, BLOCK_N)
+    o_d = tl.arange(0, BLOCK_D)[None, :]
+    for n in tl.range(first, last, BLOCK_N):
+        slot = start + n
+        if PAGED:
+            slot = tl.load(table_ptr + n // PAGE) * PAGE + n % PAGE
+        # What lies past the length belongs to others, or was never written. Its scores are masked; its values must be
+        # zeroed, as a probability of 0 times NaN is NaN, which bulk copies cannot do.
+        if TMA:
+            k = k_desc.load([kv_head, slot, 0]).reshape(BLOCK_N, BLOCK_D)
+        else:
+            k_ptrs = k_ptr + slot.to(tl.int64) * stride_kt + o_n[:, None] * stride_kt + o_d
+            if TAIL:
+                k = tl.load(k_ptrs, mask=(n + o_n < length)[:, None] & (o_d < D), other=0.0)
+            elif D == BLOCK_D:
+                k = tl.load(k_ptrs)
+            else:
+                k = tl.load(k_ptrs, mask=o_d < D, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if MASKED:
+            seen = (n + o_n)[None, :] <= o_m[:, None]
+            if WINDOWED:
+                seen &= (n + o_n)[None, :] > o_m[:, None] - window
+            scores = tl.where(seen, scores, -float("inf"))
+        largest = tl.maximum(best, tl.max(scores, 1) * scale)
+        # While a query has seen no key its maximum is -inf, and -inf - -inf is NaN.
+        shift = tl.where(largest == -float("inf"), 0.0, largest)
+        # Fused by name: left to the compiler, masked and unmasked tiles could round differently.
+        p = tl.exp2(tl.fma(scores, scale, -shift[:, None]))
+        decay = tl.exp2(best - shift)
+        total = tl.fma(total, decay, tl.sum(p, 1))
+        acc = acc * decay[:, None]
+        best = largest
+        if TMA and not TAIL:
+            v = v_desc.load([kv_head, slot, 0]).reshape(BLOCK_N, BLOCK_D)
+        else:
+            v_ptrs = v_ptr + slot.to(tl.int64) * stride_vt + o_n[:, None] * stride_vt + o_d
+            if TAIL:
+                v = tl.load(v_ptrs, mask=(n + o_n < length)[:, None] & (o_d < D), other=0.0)
+            elif D == BLOCK_D:
+                v = tl.load(v_ptrs)
+            else:
+                v = tl.load(v_ptrs, mask=o_d < D, other=0.0)
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+    return acc, total, best
+
+
+@triton.jit(do_not_specialize=["num_rows", "groups", "window"])
+def _attention_kernel(
+    q_ptr,  # [T, Hq, D], tokens `stride_qt` units apart, heads `stride_qh`
+    k_ptr,  # [Hk, slots, D] by `stride_kh` and `stride_kt`; a slot is a packed token or a place in the cache
+    v_ptr,  # [Hk, slots, D]
+    k_desc,  # k as a descriptor of blocks [1, BLOCK_N, BLOCK_D], where TMA
+    v_desc,
+    out_ptr,  # [T, Hq, D], contiguous
+    starts_ptr,  # [rows + 1]
+    lengths_ptr,  # [rows], where PAGED
+    table_ptr,  # [rows, pages], where PAGED
+    num_rows,
+    groups,  # query heads of a key/value head
+    stride_qt,
+    stride_qh,
+    stride_kh,
+    stride_kt,
+    stride_vh,
+    stride_vt,
+    stride_table,
+    scale,  # times log2(e): exponentials are powers of two
+    window,
+    D: tl.constexpr,
+    PAGED: tl.constexpr,
+    PAGE: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    TMA: tl.constexpr,
+    UNIT: tl.constexpr,  # elements that the strides count in: 16 bytes where all are whole, so that loads are as wide
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # Row r's tiles begin at starts[r] // BLOCK_M + r, which leaves room for each row's part-filled last one: nobody
+    # needs to know the lengths before the launch. The last tiles, which see the most keys, are launched first.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    row = 0
+    after = num_rows
+    while row + 1 < after:
+        middle = (row + after) // 2
+        if tl.load(starts_ptr + middle) // BLOCK_M + middle <= tile:
+            row = middle
+        else:
+            after = middle
+    start = tl.load(starts_ptr + row)
+    num_queries = tl.load(starts_ptr + row + 1) - start
+    begin = (tile - start // BLOCK_M - row) * BLOCK_M
+    if begin >= num_queries:
+        return
+    length = num_queries
+    if PAGED:
+        length = tl.load(lengths_ptr + row)
+        table_ptr += tl.cast(row, tl.int64) * stride_table
+    head = tl.program_id(1)
+    kv_head = head // groups
+    k_ptr += kv_head.to(tl.int64) * stride_kh * UNIT
+    v_ptr += kv_head.to(tl.int64) * stride_vh * UNIT
+    stride_kt *= UNIT
+    stride_vt *= UNIT
+    o_i = begin + tl.arange(0, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)[None, :]
+    m_q = (o_i < num_queries)[:, None] & (o_d < D)
+    o_t = (start + o_i).to(tl.int64)[:, None]
+    q = tl.load(q_ptr + (o_t * stride_qt + head.to(tl.int64) * stride_qh) * UNIT + o_d, mask=m_q, other=0.0)
+
+    low = length - num_queries + begin  # positions of the tile's first and last query
+    high = tl.minimum(low + BLOCK_M, length) - 1
+    o_m = low + tl.arange(0, BLOCK_M)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    best = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
+    # Of the tiles from `first` on, every query sees those in full_first:full_last whole. With a window that is worth a
+    # loop of its own only where it is a loop of bulk copies.
+    first = 0
+    full_first = 0
+    full_last = tl.maximum(low + 1, 0) // BLOCK_N * BLOCK_N
+    if WINDOWED:
+        first = tl.maximum(low - window + 1, 0) // BLOCK_N * BLOCK_N
+        if TMA:
+            edge = tl.cdiv(tl.maximum(high - window + 1, 0), BLOCK_N) * BLOCK_N  # the first tile inside all windows
+            full_first = tl.minimum(edge, tl.maximum(high, 0) // BLOCK_N * BLOCK_N)  # only the last loop minds the tail
+            full_last = tl.where(edge < full_last, full_last, full_first)
+            acc, total, best = _attend_tiles(
+                acc, total, best, q, o_m, k_ptr, v_ptr, k_desc, v_desc, table_ptr, kv_head, start, length,
+                first, full_first, stride_kt, stride_vt, scale, window,
+                True, False, D, PAGED, PAGE, WINDOWED, TMA, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+        else:
+            full_last = first
+    if TMA or not WINDOWED:
+        acc, total, best = _attend_tiles(
+            acc, total, best, q, o_m, k_ptr, v_ptr, k_desc, v_desc, table_ptr, kv_head, start, length,
+            full_first, full_last, stride_kt, stride_vt, scale, window,
+            False, False, D, PAGED, PAGE, WINDOWED, TMA, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    acc, total, best = _attend_tiles(
+        acc, total, best, q, o_m, k_ptr, v_ptr, k_desc, v_desc, table_ptr, kv_head, start, length,
+        full_last, high + 1, stride_kt, stride_vt, scale, window,
+        True, True, D, PAGED, PAGE, WINDOWED, TMA, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    out = acc / tl.where(total == 0, 1.0, total)[:, None]  # 0 where no key is visible
+    o_out = (o_t * tl.num_programs(1) + head) * D + o_d
+    tl.store(out_ptr + o_out, out.to(out_ptr.dtype.element_ty), mask=m_q)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, window: int | None = None) -> Tensor:
+    """The kernel for prefill: every sequence attends to its own new keys.
+
+    q [T, Hq, D], k and v [T, Hk, D]; `starts` [rows + 1] int32 on the same device, from 0 to T.
+    """
+    if q.dim() == 3 and k.dim() == 3 and k.shape[0] != q.shape[0]:
+        raise ValueError(f"k must have the {q.shape[0]} tokens of q, got {list(k.shape)}")
+    return _run(q, k, v, starts, None, None, scale, window)
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """The kernel over a paged cache: row r has queries starts[r]:starts[r + 1] and `lengths[r]` keys, its own included.
+
+    q [T, Hq, D]; caches [Hk, pages, page_size, D], a head's pages one after another; `page_table` [rows, pages of the
+    longest], `starts` [rows + 1], from 0 to T, and `lengths` [rows], all int32 on the same device.
+    """
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache.dim() != 4 or (cache.shape[1] > 1 and cache.stride(1) != cache.shape[2] * cache.stride(2)):
+            raise ValueError(
+                f"{name} must be [kv heads, pages, page size, head_dim] with a head's pages one after another, "
+                f"got {list(cache.shape)} with strides {list(cache.stride())}"
+            )
+    return _run(q, k_cache, v_cache, starts, page_table, lengths, scale, window)
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    table: Tensor | None,
+    lengths: Tensor | None,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    require(q, k, v, starts, table, lengths)
+    heads_first = table is not None
+    if q.dim() != 3 or k.dim() != 3 + heads_first or k.shape != v.shape or k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"q, k and v do not fit: {list(q.shape)}, {list(k.shape)} and {list(v.shape)}")
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    tokens, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[0 if heads_first else 1]
+    if not 1 <= head_dim <= WIDEST or num_heads % max(num_kv_heads, 1):
+        raise ValueError(
+            f"head_dim must be in 1..{WIDEST} and the query heads a multiple of the key/value heads, "
+            f"got head_dim {head_dim}, heads {num_heads} and {num_kv_heads}"
+        )
+    if not scale > 0 or (window is not None and window < 1):
+        raise ValueError(f"scale must be positive and window at least 1 or None, got {scale} and {window}")
+    num_rows = starts.shape[0] - 1
+    for name, integers, shape in (("starts", starts, (num_rows + 1,)), ("lengths", lengths, (num_rows,))):
+        if integers is not None and (integers.shape != shape or integers.dtype != torch.int32):
+            raise ValueError(f"{name} must be {list(shape)} int32, got {list(integers.shape)} {integers.dtype}")
+    if table is not None and (table.dim() != 2 or table.shape[0] != num_rows or table.dtype != torch.int32):
+        raise ValueError(f"page_table must be [{num_rows}, pages] int32, got {list(table.shape)} {table.dtype}")
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if not q.numel() or not num_rows:
+        return out
+
+    block_d = max(triton.next_power_of_2(head_dim), 16)
+    options = dict(tuning.config("attention", q.device, head_dim=head_dim, itemsize=q.element_size()))
+    page = k.shape[2] if heads_first else 0
+    if page % options["BLOCK_N"]:
+        raise ValueError(f"the page size must be a multiple of {options['BLOCK_N']} tokens, the key tile, got {page}")
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    # [Hk, slots, D], whichever form they came in.
+    k, v = (x.flatten(1, 2) if heads_first else x.transpose(0, 1) for x in (k, v))
+    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
+    wide_load = 16 // q.element_size()
+    unit = 1 if any(stride % wide_load for stride in strides) else wide_load
+    descriptors = (k, v)
+    if options.pop("TMA", False) and head_dim == block_d and unit > 1 and _bulk_copies(k, v):
+        from triton.tools.tensor_descriptor import TensorDescriptor  # here, as Triton may be absent
+
+        block = [1, options["BLOCK_N"], block_d]
+        descriptors = tuple(TensorDescriptor.from_tensor(x, block) for x in (k, v))
+    launch(
+        _attention_kernel,
+        (tokens // options["BLOCK_M"] + num_rows, num_heads),
+        q,
+        k,
+        v,
+        *descriptors,
+        out,
+        starts,
+        starts if lengths is None else lengths,
+        starts if table is None else table,
+        num_rows,
+        num_heads // num_kv_heads,
+        *(stride // unit for stride in strides),
+        0 if table is None else table.stride(0),
+        scale * LOG2_E,
+        window or 0,
+        D=head_dim,
+        PAGED=heads_first,
+        PAGE=page,
+        WINDOWED=window is not None,
+        TMA=descriptors[0] is not k,
+        UNIT=unit,
+        BLOCK_D=block_d,
+        **options,
+    )
+    return out
+
+
+def _bulk_copies(*tensors: Tensor) -> bool:
+    """Whether tensor descriptors can describe tensors whose strides are whole 16 bytes."""
+    return all(x.numel() > 0 and x.data_ptr() % 16 == 0 for x in tensors)
+
+
+register(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor starts, float scale, int? window=None) -> Tensor",
+    attention,
+    attention_reference,
+    lambda q, *rest: q.new_empty(q.shape),
+)
+register(
+    "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor starts, Tensor lengths, "
+    "float scale, int? window=None) -> Tensor",
+    paged_attention,
+    paged_attention_reference,
+    lambda q, *rest: q.new_empty(q.shape),
+)

@@ -21,13 +21,13 @@ class _Absent:
         return args[0] if args and callable(args[0]) else self
 
 
-triton: Any
-tl: Any
 try:
-    import triton
-    import triton.language as tl
+    import triton as _triton
+    import triton.language as _language
 except ImportError:
-    triton = tl = _Absent()
+    _triton = _language = _Absent()
+triton: Any = _triton
+tl: Any = _language
 
 INSTALLED = not isinstance(triton, _Absent)
 INTERPRETED = INSTALLED and bool(triton.knobs.runtime.interpret)

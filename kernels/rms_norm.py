@@ -5,8 +5,9 @@
 With a residual, the sum r' = r + x comes first and is normalised: the pre-norm block's two steps in one pass.
 
 Shapes: x, r, r' and y [..., N]; weight [N] (the definition takes anything that broadcasts against x).
-Rounding: r + x rounds to x's dtype once, and that is what is normalised. x is widened to float32 (float64 stays), normalised there, rounded to x's dtype, *then* multiplied by the
-weight, which rounds once more: the order of the published Qwen and Llama code. Multiplying first changes tokens.
+Rounding: r + x rounds to x's dtype once, and that is what is normalised. x is widened to float32 (float64 stays),
+normalised there, rounded to x's dtype, *then* multiplied by the weight, which rounds once more: the order of the
+published Qwen and Llama code. Multiplying first changes tokens.
 Floor: 2 * numel(x) * itemsize bytes moved (read x, write y; 4 with a residual) plus the weight; about 4 operations an
 element.
 """
@@ -109,7 +110,9 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """The kernel with a residual: (normalised, residual + x); neither input is overwritten."""
     if residual.shape != x.shape or residual.dtype != x.dtype:
-        raise ValueError(f"residual must be like x, {list(x.shape)} {x.dtype}, got {list(residual.shape)} {residual.dtype}")
+        raise ValueError(
+            f"residual must be like x, {list(x.shape)} {x.dtype}, got {list(residual.shape)} {residual.dtype}"
+        )
     y, stream = _run(x, residual.contiguous(), weight, eps)
     return y, stream
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels.qk_norm_rope import rope_rows
 from .errors import TritiumError
-from .kv_cache import KVCache
+from .kv_cache import PAGE_SIZE, KVCache
 from .rope import RotaryEmbedding
 
 
@@ -60,6 +60,42 @@ class Batch:
             is_decode=all(count == 1 for count in counts),
         )
 
+    def step(self) -> "Batch":
+        """This decode batch one token further, after a forward: in place, and without a copy from the host.
+
+        Raises TritiumError where a row would outgrow the cache.
+        """
+        assert self.is_decode
+        assert self.cache is not None
+        self.cache.check_room(self.rows, [1] * len(self.rows))
+        self.lengths = [length + 1 for length in self.lengths]
+        self.is_fresh = False
+        self.positions += 1
+        page = self.page_table.gather(1, (self.positions // PAGE_SIZE).unsqueeze(1)).squeeze(1)
+        self.slots = page.to(torch.int64) * PAGE_SIZE + self.positions % PAGE_SIZE
+        if "device_lengths" in self.__dict__:
+            self.device_lengths += 1
+        self.__dict__.pop("dense", None)
+        self._rope.clear()
+        self._bias.clear()
+        return self
+
+    @cached_property
+    def device_starts(self) -> Tensor:
+        """`starts` where the kernels read it: int32 [rows + 1]."""
+        return torch.tensor(self.starts, dtype=torch.int32, device=self.positions.device)
+
+    @cached_property
+    def device_lengths(self) -> Tensor:
+        """`lengths` where the kernels read it: int32 [rows]."""
+        return torch.tensor(self.lengths, dtype=torch.int32, device=self.positions.device)
+
+    @cached_property
+    def page_table(self) -> Tensor:
+        """The pages of this batch's rows: int32 [rows, pages a row]."""
+        assert self.cache is not None
+        return self.cache.page_table[list(self.rows)]
+
     @cached_property
     def dense(self) -> tuple[Sequence[Tensor], Sequence[Tensor]] | None:
         """For a decode step, every layer's keys and values as dense views, where the cache has them."""
@@ -73,10 +109,14 @@ class Batch:
     def rope(self, rotary: RotaryEmbedding, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Full-width (cos, sin) rows [T, 1, D] for this batch's positions, computed once a forward."""
         if (rotary, dtype) not in self._rope:
-            if self.lengths and self.longest > rotary.context_length:
-                raise TritiumError(f"{self.longest} positions exceed the context length of {rotary.context_length}")
+            self.check_positions(rotary)
             self._rope[rotary, dtype] = rope_rows(*rotary.rows(self.positions, dtype))
         return self._rope[rotary, dtype]
+
+    def check_positions(self, rotary: RotaryEmbedding) -> None:
+        """Raises TritiumError where a row reaches beyond the table of angles."""
+        if self.lengths and self.longest > rotary.context_length:
+            raise TritiumError(f"{self.longest} positions exceed the context length of {rotary.context_length}")
 
     def decode_bias(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """[rows or 1, 1, L or 1]: 0 where a row's only query sees a key of the dense view, -inf where not."""

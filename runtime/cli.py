@@ -1,4 +1,4 @@
-"""The command line: `tritium generate`, `tritium chat`, `tritium models`."""
+"""The command line: `tritium generate`, `chat`, `verify`, `models`, `tune`."""
 
 import argparse
 import io
@@ -8,6 +8,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from .errors import TritiumError
+
+VERIFY_IDS = 48  # tokens, where a checkpoint has no tokenizer
+VERIFY_PROMPT = (
+    "The numbers of a fast path must be those of a slow one. Here both read the same sentence, word by word, layer by "
+    "layer, and whoever differs is named."
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,18 +53,28 @@ def _parser() -> Parser:
     chat.add_argument("--prompt", help="answer this one message and end; otherwise a conversation on the terminal")
     chat.add_argument("--system", help="the system message")
     chat.add_argument("--no-thinking", action="store_true", help="ask Qwen3 for an answer without reasoning")
+    verify = commands.add_parser("verify", parents=[source], help="check the Triton kernels on a model's own weights")
+    verify.add_argument("--prompt", default=VERIFY_PROMPT, help="the text that both paths read")
+    verify.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help="greedy tokens to compare (16)")
+    verify.add_argument("--plot", metavar="FILE.png", help="draw the error by depth, both paths")
     commands.add_parser("models", help="list families and sizes")
+    commands.add_parser("tune", add_help=False, help="find this GPU's launch configurations (see `tune --help`)")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command. Returns the exit code: 0, 2 for a mistake in what was asked, 130 when interrupted."""
+    """Runs a command. Returns the exit code: 0, 1 where a verification fails, 2 for a mistake, 130 when interrupted."""
     _usable_streams()
     try:
-        options = _parser().parse_args(arguments)
-        {"generate": _generate, "chat": _chat, "models": _models}[options.command](options)
+        options, rest = _parser().parse_known_args(arguments)
+        if options.command == "tune":
+            return _tune(rest)
+        if rest:
+            _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+        commands = {"generate": _generate, "chat": _chat, "verify": _verify, "models": _models}
+        code = commands[options.command](options)
         sys.stdout.flush()
-        return 0
+        return code or 0
     except TritiumError as error:
         print(f"tritium: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -89,6 +105,13 @@ def _generator(options: argparse.Namespace) -> Any:
 
     given = ("temperature", "top_k", "top_p", "max_new_tokens", "seed")
     SamplingOptions(**{name: getattr(options, name) for name in given if getattr(options, name) is not None})
+    from .text import TextGenerator
+
+    return TextGenerator(*_load(options))
+
+
+def _load(options: argparse.Namespace) -> tuple[Any, Any]:
+    """(model, tokenizer) of the model that was named, the bundled one where none was."""
     if options.checkpoint is not None and (options.model is not None or options.size is not None):
         raise TritiumError("give either --checkpoint or --model and --size, not both")
     for name in ("size", "variant"):
@@ -97,7 +120,6 @@ def _generator(options: argparse.Namespace) -> Any:
     if options.checkpoint == "":
         raise TritiumError("--checkpoint is empty: give a folder or a hub id")
     from .loading import BUNDLED, load
-    from .text import TextGenerator
 
     name = BUNDLED if options.checkpoint is None else options.checkpoint
     if options.model is not None:
@@ -107,7 +129,7 @@ def _generator(options: argparse.Namespace) -> Any:
         name = f"{family.name}:{options.size or family.default_size}"
     chosen = {key: getattr(options, key) for key in ("variant", "device", "dtype", "backend")}
     model, tokenizer, _ = load(name, progress=sys.stderr.isatty(), **chosen)
-    return TextGenerator(model, tokenizer)
+    return model, tokenizer
 
 
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:
@@ -165,6 +187,31 @@ def _chat(options: argparse.Namespace) -> None:
         conversation.append({"role": "user", "content": message})
         answer = _show(generator.chat(conversation if has_template else message, **ask), options)
         conversation.append({"role": "assistant", "content": answer})
+
+
+def _verify(options: argparse.Namespace) -> int:
+    model, tokenizer = _load(options)
+    from .verify import plot, table, verify
+
+    if options.max_new_tokens < 1:
+        raise TritiumError(f"--max-new-tokens: must be 1 or more, got {options.max_new_tokens}")
+    if tokenizer is None:  # any ids do
+        size = model.config.vocab_size
+        tokens = [(7 * index * index + 3) % size for index in range(min(VERIFY_IDS, model.config.context_length // 2))]
+    else:
+        tokens = tokenizer.encode(options.prompt)
+    report = verify(model, tokens, options.max_new_tokens)
+    if options.plot is not None:
+        plot(report, options.plot)
+    print(table(report))
+    return int(bool(report.problems))
+
+
+def _tune(arguments: Sequence[str]) -> int:
+    # The command line stands above everything, the benchmarks included: the tuner is one of them.
+    from ..benchmarks import tune
+
+    return tune.main(list(arguments))
 
 
 def _models(options: argparse.Namespace) -> None:

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.cross_entropy import IGNORE_INDEX, cross_entropy_reference
+from .backend import Backend
 from .batch import Batch, Padding
 from .errors import TritiumError
 from .generation import SamplingOptions, generate_padded
-from .kernel_set import KernelSet, resolve_backend
+from .kernel_set import KernelSet
 from .layers import TransformerDecoder, as_spec
 from .plan import Dense, Plan
+from .triton_path import Modes
 
 
 @dataclass
@@ -38,7 +40,7 @@ class Decoder(nn.Module):
         self.position_embedding = nn.Embedding(spec.context_length, spec.embedding_dim) if learned else None
         self.stack = TransformerDecoder(spec)
         self.head = None if spec.tie_embeddings else nn.Linear(spec.embedding_dim, spec.vocab_size, bias=False)
-        self.kernels: KernelSet = resolve_backend(backend)
+        self.backend = Backend(backend)
 
     @property
     def device(self) -> torch.device:
@@ -48,9 +50,20 @@ class Decoder(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embedding.weight.dtype
 
-    def use_backend(self, backend: str) -> "Decoder":
-        """Switches a loaded model between `torch`, `triton` and `auto`, on the same weights."""
-        self.kernels = resolve_backend(backend)
+    @property
+    def kernels(self) -> KernelSet:
+        """The kernel set that runs this model now: it depends on where the weights are, and on gradients."""
+        return self.backend.kernels(self.embedding.weight, self.parameters())
+
+    def use_backend(
+        self, backend: str, *, batch_invariant: bool = True, sampler_equals_trainer: bool = False
+    ) -> "Decoder":
+        """Switches a loaded model between `torch`, `triton` and `auto`, on the same weights.
+
+        The two modes are promises of the Triton path about bits: see Modes in triton_path.py. Raises TritiumError for
+        an unknown name, and for `triton` where it cannot run; the model then stays as it was.
+        """
+        self.backend = Backend(backend, Modes(batch_invariant, sampler_equals_trainer))
         return self
 
     def num_parameters(self) -> int:
@@ -97,15 +110,16 @@ class Decoder(nn.Module):
 
         With a cache in the batch, the new keys and values are in it afterwards and its lengths are advanced.
         """
+        kernels = self.kernels
         x = nn.functional.embedding(tokens, plan.embedding)
         if plan.positions is not None:
             x = x + nn.functional.embedding(batch.positions, plan.positions)
-        x = self.stack.run(x, plan.layers, batch, self.kernels)
+        x = self.stack.run(x, plan.layers, batch, kernels)
         if last_only and not batch.is_decode:
             x = x[[end - 1 for end in batch.starts[1:]]]
         if batch.cache is not None:
             batch.cache.advance(batch.rows, [end - start for start, end in pairwise(batch.starts)])
-        return self.kernels.norm_head(x, plan.norm, plan.head)
+        return kernels.norm_head(x, plan.norm, plan.head)
 
     def generate(
         self,

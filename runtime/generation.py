@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..kernels.sampling import philox_uniform_reference, sample_reference
+from ..kernels.sampling import philox_uniform_reference
 from .batch import Batch, Padding
 from .errors import TritiumError
 from .kv_cache import KVCache
@@ -78,13 +78,15 @@ def _steps(
         tokens = torch.tensor([token for prompt in prompts for token in prompt], device=model.device)
     for step in range(options.max_new_tokens):
         with torch.inference_mode():  # not around the yield: whoever takes the token must not be in it
-            _, logits = model.run(plan, tokens, Batch.appended(cache, rows, counts), last_only=True)
+            # Prompt, then the first decode step; from then on the batch moves on where it lies, on the device.
+            if step == 0:
+                batch = Batch.appended(cache, rows, counts)
+            else:
+                batch = Batch.appended(cache, rows, [1] * len(rows)) if step == 1 else batch.step()
+            _, logits = model.run(plan, tokens, batch, last_only=True)
             uniform = None if uniforms is None else uniforms[:, step]
-            tokens = sample_reference(logits, options.temperature, options.top_k, options.top_p, uniform)
-            # Told by an impossible id, so that the host looks once a step.
-            told = tokens.masked_fill(logits.isnan().any(-1), -1)
-        counts = [1] * len(rows)
-        new: list[int | None] = told.tolist()
+            tokens = model.kernels.sample(logits, options.temperature, options.top_k, options.top_p, uniform)
+        new: list[int | None] = tokens.tolist()  # the only look that the host takes in a step
         if -1 in new:
             raise TritiumError(f"the logits are not numbers: the weights are broken, or overflow {model.dtype}")
         for row, token in enumerate(new):

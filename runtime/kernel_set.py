@@ -1,4 +1,4 @@
-"""The interface between the decoder and its operations: six phases, and the set of them that a backend provides.
+"""The interface between the decoder and its operations: the phases, and the set of them that plain PyTorch provides.
 
 The phases are cut where a fused decode kernel begins and ends. x and the residual stream are [T, E] with the tokens of
 all rows packed one after another (see batch.py); every phase is a function of its arguments alone, but for the cache.
@@ -16,9 +16,9 @@ from ..kernels.layer_norm import layer_norm_reference
 from ..kernels.linear import linear_reference, linear_residual_reference
 from ..kernels.qk_norm_rope import cache_write_reference, qk_norm_rope_reference
 from ..kernels.rms_norm import rms_norm_reference, wide_dtype
+from ..kernels.sampling import sample_reference
 from ..kernels.swiglu import swiglu_reference
 from .batch import Batch
-from .errors import TritiumError, nearest
 from .plan import Attention, Dense, Mlp, Norm
 
 
@@ -28,11 +28,12 @@ class KernelSet:
 
     name: str
     norm_linear: Callable[[Tensor, Norm | None, Dense], tuple[Tensor, Tensor]]
-    qk_norm_rope_cache: Callable[[Tensor, Attention, Batch], tuple[Tensor, Tensor, Tensor]]
-    attention: Callable[[Tensor, Tensor, Tensor, Attention, Batch], Tensor]
+    qk_norm_rope_cache: Callable[[Tensor, Attention, Batch], tuple[Tensor, Tensor | None, Tensor | None]]
+    attention: Callable[[Tensor, Tensor | None, Tensor | None, Attention, Batch], Tensor]
     linear_residual: Callable[[Tensor, Dense, Tensor], Tensor]
     norm_gate_up_act: Callable[[Tensor, Norm | None, Mlp], tuple[Tensor, Tensor]]
     norm_head: Callable[[Tensor, Norm | None, Dense], tuple[Tensor, Tensor]]
+    sample: Callable[[Tensor, float, int, float, Tensor | None], Tensor]
 
 
 def normalise(x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
@@ -53,7 +54,7 @@ def _norm_linear(x: Tensor, norm: Norm | None, linear: Dense) -> tuple[Tensor, T
     return stream, linear_reference(y, linear.weight, linear.bias)
 
 
-def _qk_norm_rope_cache(qkv: Tensor, attention: Attention, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def _qk_norm_rope_cache(qkv: Tensor, attention: Attention, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Packed QKV [T, (Hq + 2 Hk) D] -> q [T, Hq, D], k and v [T, Hk, D]; k and v also go to the batch's cache."""
     cos, sin = (None, None)
     if attention.rotary is not None:
@@ -76,19 +77,20 @@ def _qk_norm_rope_cache(qkv: Tensor, attention: Attention, batch: Batch) -> tupl
     return q, k, v
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, attention: Attention, batch: Batch) -> Tensor:
+def _attention(q: Tensor, k: Tensor | None, v: Tensor | None, attention: Attention, batch: Batch) -> Tensor:
     """[T, Hq, D] -> [T, Hq * D]."""
     cache, slot, scale, window = batch.cache, attention.slot, attention.scale, attention.window
     if cache is None or batch.is_fresh:
+        assert k is not None  # this set hands both on in any case
+        assert v is not None
         out = attention_reference(q, k, v, batch.starts, scale, window)
     elif batch.dense is not None:
         keys, values = batch.dense
         bias = batch.decode_bias(window, wide_dtype(q.dtype))
         out = decode_attention_reference(q, keys[slot], values[slot], bias, scale)
     else:
-        table = cache.page_table[list(batch.rows)]
-        keys, values = cache.keys, cache.values
-        out = paged_attention_reference(q, keys[slot], values[slot], table, batch.starts, batch.lengths, scale, window)
+        keys, values, table = cache.keys[slot], cache.values[slot], batch.page_table
+        out = paged_attention_reference(q, keys, values, table, batch.starts, batch.lengths, scale, window)
     return out.flatten(1)
 
 
@@ -97,7 +99,7 @@ def _linear_residual(x: Tensor, linear: Dense, stream: Tensor) -> Tensor:
     return linear_residual_reference(x, linear.weight, linear.bias, stream)
 
 
-_PLAIN_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+PLAIN_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -109,7 +111,7 @@ def _norm_gate_up_act(x: Tensor, norm: Norm | None, mlp: Mlp) -> tuple[Tensor, T
     stream, hidden = _norm_linear(x, norm, mlp.up)
     if mlp.kind == "gated":
         return stream, swiglu_reference(hidden)
-    return stream, _PLAIN_ACTIVATIONS[mlp.activation](hidden)
+    return stream, PLAIN_ACTIVATIONS[mlp.activation](hidden)
 
 
 def _norm_head(x: Tensor, norm: Norm | None, head: Dense) -> tuple[Tensor, Tensor]:
@@ -126,28 +128,5 @@ REFERENCE = KernelSet(
     linear_residual=_linear_residual,
     norm_gate_up_act=_norm_gate_up_act,
     norm_head=_norm_head,
+    sample=sample_reference,
 )
-
-BACKENDS = ("auto", "triton", "torch")
-
-
-def resolve_backend(name: str) -> KernelSet:
-    """The kernel set that `name` asks for: `torch`, `triton`, or `auto`, the fastest that runs here.
-
-    Raises TritiumError for an unknown name, and for `triton` where it cannot run: it never falls back silently.
-    """
-    if name not in BACKENDS:
-        raise TritiumError(f"backend: unknown {name!r}; {nearest(name, BACKENDS)}")
-    if name == "triton":
-        raise TritiumError(f"backend 'triton' cannot run here: {_triton_obstacle()}; use backend 'torch' or 'auto'")
-    return REFERENCE
-
-
-def _triton_obstacle() -> str:
-    import importlib.util
-
-    if not torch.cuda.is_available():
-        return "it needs a GPU that Triton drives, and torch sees none"
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    return "this version has no Triton kernels yet"

@@ -43,7 +43,7 @@ class KVCache:
 
     def assign_pages(self, page_table: Tensor) -> None:
         """Sets which pages each row owns: int64 [rows, pages per row], every page named at most once."""
-        self.page_table = page_table.to(self.device)
+        self.page_table = page_table.to(self.device, torch.int32)
         self._host_table: list[list[int]] = page_table.tolist()
         rows, per_row = page_table.shape
         in_order = torch.arange(rows * per_row).view(rows, per_row)
@@ -66,14 +66,20 @@ class KVCache:
 
         Raises TritiumError when a row would outgrow the cache; nothing is written then.
         """
+        self.check_room(rows, counts)
         slots = []
+        for row, count in zip(rows, counts, strict=True):
+            before = self.lengths[row]
+            pages = self._host_table[row]
+            slots += [pages[at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE for at in range(before, before + count)]
+        return torch.tensor(slots, dtype=torch.int64, device=self.device)
+
+    def check_room(self, rows: Sequence[int], counts: Sequence[int]) -> None:
+        """Raises TritiumError when a row would outgrow the cache with `counts` more tokens."""
         for row, count in zip(rows, counts, strict=True):
             before = self.lengths[row]
             if before + count > self.capacity:
                 raise TritiumError(f"row {row}: {before} + {count} tokens do not fit the cache's {self.capacity}")
-            pages = self._host_table[row]
-            slots += [pages[at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE for at in range(before, before + count)]
-        return torch.tensor(slots, dtype=torch.int64, device=self.device)
 
     def advance(self, rows: Sequence[int], counts: Sequence[int]) -> None:
         """Counts tokens just written as held."""

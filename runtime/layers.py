@@ -8,11 +8,15 @@ from torch.utils.checkpoint import checkpoint
 
 from ..kernels.rms_norm import scaled
 from . import plan
+from .backend import Backend
 from .batch import Batch, Padding
 from .errors import TritiumError
-from .kernel_set import REFERENCE, KernelSet, normalise
+from .kernel_set import KernelSet, normalise
 from .rope import RotaryEmbedding
 from .spec import ModelSpec
+
+AUTO = Backend()
+"""What a layer used alone runs on."""
 
 
 def as_spec(config: Any) -> ModelSpec:
@@ -110,9 +114,10 @@ class MultiHeadAttention(nn.Module):
         padding = Padding.of(hidden_states, attention_mask)
         batch = Batch.fresh(padding.counts, hidden_states.device)
         attention = self.bind(0)
-        _, qkv = REFERENCE.norm_linear(padding.pack(hidden_states), None, _bind_linear(self.qkv))
-        out = REFERENCE.attention(*REFERENCE.qk_norm_rope_cache(qkv, attention, batch), attention, batch)
-        return padding.unpack(REFERENCE.norm_linear(out, None, _bind_linear(self.out))[1])
+        kernels = AUTO.kernels(hidden_states, self.parameters())
+        _, qkv = kernels.norm_linear(padding.pack(hidden_states), None, _bind_linear(self.qkv))
+        out = kernels.attention(*kernels.qk_norm_rope_cache(qkv, attention, batch), attention, batch)
+        return padding.unpack(kernels.norm_linear(out, None, _bind_linear(self.out))[1])
 
     def bind(self, slot: int) -> plan.Attention:
         weight = None
@@ -157,8 +162,10 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., embed_dim] -> [..., embed_dim]."""
-        _, hidden = REFERENCE.norm_gate_up_act(hidden_states, None, self.bind())
-        return REFERENCE.norm_linear(hidden, None, _bind_linear(self.down))[1]
+        kernels = AUTO.kernels(hidden_states, self.parameters())
+        _, hidden = kernels.norm_gate_up_act(hidden_states.flatten(0, -2), None, self.bind())
+        out = kernels.norm_linear(hidden, None, _bind_linear(self.down))[1]
+        return out.unflatten(0, hidden_states.shape[:-1])
 
     def bind(self) -> plan.Mlp:
         return plan.Mlp(self.mlp, self.activation, _bind_linear(self.up))
@@ -201,7 +208,7 @@ class TransformerBlock(nn.Module):
         padding = Padding.of(hidden_states, attention_mask)
         batch = Batch.fresh(padding.counts, hidden_states.device)
         layer, pending = self.bind(None, 0)
-        x = run_layer(padding.pack(hidden_states), layer, batch, REFERENCE)
+        x = run_layer(padding.pack(hidden_states), layer, batch, AUTO.kernels(hidden_states, self.parameters()))
         return padding.unpack(normalise(x, pending)[1])
 
     def bind(self, pending: plan.Norm | None, slot: int) -> tuple[plan.Layer, plan.Norm | None]:
@@ -258,7 +265,8 @@ class TransformerDecoder(nn.Module):
         padding = Padding.of(hidden_states, attention_mask)
         batch = Batch.fresh(padding.counts, hidden_states.device)
         layers, norm = self.bind()
-        x = self.run(padding.pack(hidden_states), layers, batch, REFERENCE)
+        kernels = AUTO.kernels(hidden_states, self.parameters())
+        x = self.run(padding.pack(hidden_states), layers, batch, kernels)
         return padding.unpack(normalise(x, norm)[1])
 
     def bind(self) -> tuple[tuple[plan.Layer, ...], plan.Norm | None]:

@@ -232,10 +232,10 @@ except tritium.TritiumError as error:
 
 
 def test_imports_stay_light() -> None:
-    """Would break: the start of every command, and machines without Triton. torch itself may import either."""
+    """Would break: the start of every command. Triton comes with the kernels; torch itself may import any of these."""
     script = """
 import sys, torch, importlib, pathlib
-heavy = {"triton", "transformers", "matplotlib", "huggingface_hub"}
+heavy = {"transformers", "matplotlib", "huggingface_hub"}
 before = heavy & set(sys.modules)
 import tritium
 for path in pathlib.Path("kernels").glob("*.py"):

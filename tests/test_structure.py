@@ -6,10 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tritium.kernels import tuning
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kernels", "runtime", "models", "benchmarks", "tests", "tritium")
-OPERATIONS = sorted(path for path in (ROOT / "kernels").glob("*.py") if path.name != "__init__.py")
+SUPPORT = ("__init__.py", "launch.py")  # not operations: what launchers stand on
+DEFINITIONS_ONLY = ("cross_entropy.py",)  # whose kernel comes with training
+OPERATIONS = sorted(path for path in (ROOT / "kernels").glob("*.py") if path.name not in SUPPORT)
+KERNELS = [path for path in OPERATIONS if path.name not in DEFINITIONS_ONLY]
 LONGEST = 500  # lines of one file
 
 
@@ -76,6 +80,40 @@ def test_every_operation_has_its_test(operation: Path) -> None:
     assert (ROOT / "tests" / "kernels" / f"test_{operation.name}").is_file()
 
 
+@pytest.mark.parametrize("operation", KERNELS, ids=name)
+def test_every_kernel_has_its_tests_its_compilation_and_its_benchmark(operation: Path) -> None:
+    assert (ROOT / "tests" / "kernels" / f"test_{operation.stem}_kernel.py").is_file()
+    assert (ROOT / "tests" / "aot" / operation.name).is_file()
+    assert (ROOT / "benchmarks" / "kernels" / operation.name).is_file()
+
+
+@pytest.mark.parametrize("operation", KERNELS, ids=name)
+def test_every_kernel_has_a_launcher_and_is_registered(operation: Path) -> None:
+    """A definition `<name>_reference` beside each launcher `<name>`, and `register` for every launcher."""
+    tree = ast.parse(operation.read_text(encoding="utf-8"))
+    functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    named = [getattr(call.func, "id", "") for call in calls]
+    assert operation.stem.replace("sampling", "sample") in functions
+    assert "register" in named
+    assert "launch" in named
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_the_order_of_summation_does_not_depend_on_the_batch(arch: str) -> None:
+    """The batch-invariant mode, held in the tables: rows of `order` may not be keyed by how much there is."""
+    tables = tuning.load(arch)
+    assert set(tables) == set(tuning.load("sm_90"))
+    conditions = {
+        (kernel, key)
+        for kernel, rows in tables.items()
+        for row in rows.get("order") or []
+        for key in row.get("when", {})
+    }
+    assert {(kernel, key) for kernel, key in conditions if key in tuning.BATCH_KEYS} == set()
+    assert set(tables) >= {path.stem for path in KERNELS}
+
+
 def test_every_kernel_benchmark_has_its_operation() -> None:
     """Would break: a renamed operation leaves its benchmark behind."""
     benches = {path.stem for path in (ROOT / "benchmarks" / "kernels").glob("*.py")} - {"__init__"}
@@ -104,6 +142,8 @@ def test_kernels_stand_on_nothing_of_ours(path: Path) -> None:
 def test_runtime_stands_on_kernels_and_models(path: Path) -> None:
     ours = within(imports(path), "tritium")
     allowed = within(ours, "tritium.kernels") | within(ours, "tritium.runtime") | within(ours, "tritium.models")
+    if path.name == "cli.py":  # the command line stands above everything: `tritium tune` is a benchmark
+        allowed |= within(ours, "tritium.benchmarks")
     assert ours - allowed == set()
     assert imports(path) & set(PACKAGES) == set()
 

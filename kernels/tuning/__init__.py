@@ -24,7 +24,7 @@ from ..launch import INTERPRETED, triton
 
 FOLDER = Path(__file__).parent
 TABLES = ("order", "schedule")
-BATCH_KEYS = frozenset({"tokens", "rows", "queries"})
+BATCH_KEYS = frozenset({"tokens", "rows", "queries", "programs", "outputs"})
 """What a `schedule` may be keyed by and an `order` may not."""
 
 
@@ -58,7 +58,10 @@ def nearest(name: str) -> str:
 
 
 def config(kernel: str, device: torch.device, **key: Any) -> Mapping[str, Any]:
-    """The launch arguments of `kernel` on `device` for a shape that `key` describes. Raises LookupError without a row."""
+    """The launch arguments of `kernel` on `device` for a shape that `key` describes.
+
+    Raises LookupError where no row holds.
+    """
     return _merged(architecture(device), kernel, tuple(sorted(key.items())))
 
 

@@ -1,10 +1,10 @@
 """Compiles the real launchers' kernels for one GPU architecture, without that GPU, and reads what came out.
 
-    python -m tests.aot.matrix sm_90 [--kernel rms_norm] [--verbose]
+    python -m tests.aot.matrix sm_90 [--kernel rms_norm] [--override BLOCK_N=256 ...] [--verbose]
 
 A process of its own, as it cannot share one with the interpreter: Triton gets a stand-in driver, launchers run on meta
-tensors, and `launch` calls `warmup`, so what is compiled is what would be launched, specialisation and all. Files beside
-this one, each named after an operation, say which calls (`CASES`). A row of a tuning table that no call takes fails.
+tensors, and `launch` calls `warmup`, so what is compiled is what would be launched, specialisation and all. Files
+beside this one, each named after an operation, say which calls (`CASES`). A row of a table that no call takes fails.
 Prints one JSON object: {"kernels": [...], "failures": [...]}.
 """
 
@@ -131,8 +131,10 @@ def failures_of(case: Case, arch: str, found: dict[str, Any], float32: bool) -> 
     return wrong
 
 
-def run(arch: str, operations: list[str], verbose: bool = False) -> dict[str, Any]:
-    """Compiles every case of the operations for `arch`; the report."""
+def run(
+    arch: str, operations: list[str], overrides: dict[str, int], only: str | None = None, verbose: bool = False
+) -> dict[str, Any]:
+    """Compiles the cases of the operations (all, or the one named) for `arch`; `overrides` replace table entries."""
     from tritium.kernels import tuning
 
     triton.runtime.driver.set_active(Driver(TARGETS[arch]))
@@ -154,11 +156,13 @@ def run(arch: str, operations: list[str], verbose: bool = False) -> dict[str, An
         return index
 
     tuning.find = recording
+    config = tuning.config
+    tuning.config = lambda *args, **key: {**config(*args, **key), **overrides}
     report: dict[str, Any] = {"arch": arch, "triton": triton.__version__, "kernels": [], "failures": []}
     for operation in operations:
         module = importlib.import_module(f"tests.aot.{operation}")
         for case in module.CASES:
-            if arch not in case.only:
+            if arch not in case.only or only not in (None, case.name):
                 continue
             compiled.clear()
             start = time.perf_counter()
@@ -197,8 +201,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("arch", choices=TARGETS)
     parser.add_argument("--kernel", action="append", choices=operations())
+    parser.add_argument("--override", action="append", default=[], metavar="NAME=NUMBER", help="a launch argument")
+    parser.add_argument("--only", metavar="CASE", help="the one case of this name")
     parser.add_argument("--verbose", action="store_true")
     options = parser.parse_args()
-    result = run(options.arch, options.kernel or operations(), options.verbose)
+    changed = {name: int(value) for name, _, value in (text.partition("=") for text in options.override)}
+    result = run(options.arch, options.kernel or operations(), changed, options.only, options.verbose)
     print(json.dumps(result))
     sys.exit(bool(result["failures"]))

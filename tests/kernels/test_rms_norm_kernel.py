@@ -71,7 +71,11 @@ def test_batch_invariance(width: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("width", [80, 576])
 def test_with_a_residual(width: int, dtype: torch.dtype) -> None:
     """The sum is the definition's to the bit, and what is normalised is the rounded sum; inputs survive."""
-    x, residual, weight = draw(5, width, dtype=dtype), draw(5, width, dtype=dtype, seed=2), draw(width, dtype=dtype, seed=1)
+    x, residual, weight = (
+        draw(5, width, dtype=dtype),
+        draw(5, width, dtype=dtype, seed=2),
+        draw(width, dtype=dtype, seed=1),
+    )
     before = x.clone(), residual.clone()
     y, stream = add_rms_norm(x, residual, weight, EPS)
     assert same_bits(stream, residual + x)
@@ -94,11 +98,12 @@ def test_views_and_empty_input() -> None:
 
 
 def test_rows_beyond_int32_offsets() -> None:
-    """Two rows of a tensor that are more than 2^31 elements apart: an int32 offset would read elsewhere."""
-    apart = 2**31 + 2**20
-    storage = torch.empty(apart + 128, dtype=torch.float16, device=DEVICE) if DEVICE == "cuda" else _untouched(apart + 128)
-    x = storage.as_strided((2, 128), (apart, 1))
-    x.copy_(draw(2, 128, dtype=torch.float16))
+    """The last row is more than 2^31 elements from the first, though one stride is not: int32 would wrap."""
+    apart = 2**30 + 2**20
+    count = 2 * apart + 128
+    storage = torch.empty(count, dtype=torch.float16, device=DEVICE) if DEVICE == "cuda" else _untouched(count)
+    x = storage.as_strided((3, 128), (apart, 1))
+    x.copy_(draw(3, 128, dtype=torch.float16))
     assert same_bits(rms_norm(x, None, EPS), rms_norm(x.contiguous(), None, EPS))
 
 

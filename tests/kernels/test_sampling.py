@@ -267,6 +267,8 @@ def test_very_large_temperatures_still_keep_the_likeliest(temperature: float) ->
     logits = torch.tensor([0.0, 1.0, 5.0, 4.0])
     assert draws(logits, temperature, 2, 1.0, grid(100)) == pytest.approx([0.0, 0.0, 0.5, 0.5])
     assert draws(logits, temperature, 1, 1.0, grid(100)) == [0.0, 0.0, 1.0, 0.0]
+    logits[2] = -math.inf  # -inf / inf is not a number: forbidden is forbidden at any temperature
+    assert draws(logits, temperature, 0, 1.0, grid(300)) == pytest.approx([1 / 3, 1 / 3, 0.0, 1 / 3])
 
 
 def test_ties_go_to_the_smaller_id() -> None:
@@ -285,6 +287,27 @@ def test_minus_infinity_is_never_chosen() -> None:
     for top_k, top_p in ((0, 1.0), (5, 1.0), (0, 0.999999), (7, 0.99)):
         numbers = torch.cat((grid(200), torch.tensor([0.0, TOP], dtype=torch.float64)))
         assert set(sample_reference(logits.expand(202, 8), 1.0, top_k, top_p, numbers).tolist()) == {3, 6}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(0.0, 0, 1.0), (1.0, 0, 1.0), (0.6, 2, 0.9), (1.0, 1, 1.0)]
+)
+def test_a_row_with_a_nan_gives_minus_one(dtype: torch.dtype, temperature: float, top_k: int, top_p: float) -> None:
+    """Broken weights are told by an impossible id, and only in the rows that they broke; of either sign, anywhere."""
+    logits = torch.tensor([[1.0, 9.0, 0.0], [1.0, 9.0, 0.0], [0.0, -1.0, 9.0], [0.0] * 3, [-math.inf] * 3], dtype=dtype)
+    logits[0, 2], logits[1, 0], logits[3], logits[4, 1] = math.nan, -torch.tensor(math.nan), math.nan, math.nan
+    uniform = torch.full((5,), 0.4) if temperature else None
+    assert sample_reference(logits, temperature, top_k, top_p, uniform).tolist() == [-1, -1, 2, -1, -1]
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, TOP])
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1e300])
+def test_infinite_rows_give_the_first_of_their_largest(temperature: float, uniform: float) -> None:
+    """+inf is certain, however many tokens have it; where everything is forbidden, token 0; neither is a NaN."""
+    logits = torch.tensor([[0.0, math.inf, 5.0, math.inf], [-math.inf] * 4])
+    for top_k, top_p in ((0, 1.0), (3, 0.9)):
+        assert sample_reference(logits, temperature, top_k, top_p, torch.full((2,), uniform)).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("shift", [0.0, 1e4, -1e4, 2.0**30])

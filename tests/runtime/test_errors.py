@@ -22,10 +22,8 @@ from tritium import TritiumError
 
 VOCAB, CONTEXT = 96, 128
 SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "context_length": CONTEXT,
-    "embedding_dim": 16,
-    "num_layers": 2,
+    **{"vocab_size": VOCAB, "context_length": CONTEXT},
+    **{"embedding_dim": 16, "num_layers": 2},
     "num_heads": 4,
     "num_kv_heads": 2,
     "head_dim": 8,
@@ -79,6 +77,8 @@ def model() -> Decoder:
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for module in ("tritium.kernels.launch", "tritium.runtime.backend"):  # nor the interpreter in a GPU's place
+        monkeypatch.setattr(f"{module}.INTERPRETED", False)
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -154,7 +154,7 @@ def test_wrong_arguments(capsys: pytest.CaptureFixture[str], arguments: list[str
     ("arguments", "said"),
     [
         ([], ["COMMAND"]),
-        (["generat"], ["generat", "generate", "chat", "models"]),
+        (["generat"], ["generat", "generate", "chat", "verify", "models", "tune"]),
         (["generate"], ["--prompt"]),
         (["models", "extra"], ["extra"]),
     ],

@@ -13,7 +13,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import Tensor
 from tqdm import tqdm
 
+from ....runtime.backend import Backend
 from ....runtime.checkpoint import load_weights, read_spec, save_pretrained
 from ....runtime.decoder import Decoder
+from ....runtime.kernel_set import KernelSet
 from ....runtime.plan import Dense
 from ....runtime.registry import get_family
 from .kneser_ney import Ids, KneserNey
@@ -132,14 +134,17 @@ def batches(speeches: list[Ids], parts: Ids, settings: Settings) -> Iterator[Ten
 # The model
 
 
-def with_dropout(model: Decoder, rate: float) -> Decoder:
-    """Drops, scaled, elements of what every block adds to the residual stream."""
+@dataclass(frozen=True)
+class Dropping(Backend):
+    """The PyTorch path that drops, scaled, elements of what every block adds to the residual stream."""
 
-    def linear_residual(x: Tensor, linear: Dense, stream: Tensor) -> Tensor:
-        return stream + F.dropout(F.linear(x, linear.weight, linear.bias), rate)
+    rate: float = 0.0
 
-    model.kernels = replace(model.kernels, linear_residual=linear_residual)
-    return model
+    def kernels(self, like: Tensor, parameters: Iterable[Tensor] = ()) -> KernelSet:
+        def linear_residual(x: Tensor, linear: Dense, stream: Tensor) -> Tensor:
+            return stream + F.dropout(F.linear(x, linear.weight, linear.bias), self.rate)
+
+        return replace(super().kernels(like, parameters), linear_residual=linear_residual)
 
 
 @torch.no_grad()
@@ -188,7 +193,8 @@ def train(
     `minutes` of wall-clock time end the training, and the schedule with it, where the steps would take longer.
     """
     torch.manual_seed(settings.seed)
-    model = with_dropout(Decoder(start.config, backend="torch"), settings.dropout)
+    model = Decoder(start.config, backend="torch")
+    model.backend = Dropping("torch", rate=settings.dropout)
     model.load_state_dict(start.state_dict())
     average = Decoder(start.config, backend="torch").requires_grad_(False)
     optimizer = optimizer_of(model, settings)

@@ -1,0 +1,66 @@
+"""Which kernel set runs: the choice between the PyTorch path and the Triton path, and what stands in the way."""
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..kernels.launch import INTERPRETED, obstacle
+from .errors import TritiumError, nearest
+from .kernel_set import REFERENCE, KernelSet
+from .triton_path import Modes, compose
+
+NAMES = ("auto", "triton", "torch")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def triton_kernels(modes: Modes) -> KernelSet:
+    """The phases over the Triton kernels."""
+    from .operations import KERNELS
+
+    return compose("triton", KERNELS, modes)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What was asked for: `torch`, `triton`, or `auto`: Triton on a GPU that it drives, and torch elsewhere."""
+
+    name: str = "auto"
+    modes: Modes = field(default_factory=Modes)
+
+    def __post_init__(self) -> None:
+        """Raises TritiumError for an unknown name, and for `triton` where nothing here could run it."""
+        if self.name not in NAMES:
+            raise TritiumError(f"backend: unknown {self.name!r}; {nearest(self.name, NAMES)}")
+        if self.name == "triton" and (why := obstacle(torch.device("cpu" if INTERPRETED else "cuda"))) is not None:
+            raise _cannot(why)
+
+    def kernels(self, like: Tensor, parameters: Iterable[Tensor] = ()) -> KernelSet:
+        """The set for tensors such as `like`. Raises TritiumError where `triton` was asked for and cannot run them.
+
+        The kernels have no backward pass: where a gradient is wanted, of `like` or of the parameters, `auto` is torch.
+        """
+        if self.name == "torch":
+            return REFERENCE
+        why = _obstacle(like.device, like.dtype)
+        if why is None and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (like, *parameters)):
+            why = "its kernels compute no gradients (use torch.no_grad() where none are wanted)"
+        if why is None and not (self.name == "auto" and like.device.type == "cpu"):
+            return triton_kernels(self.modes)
+        if self.name == "triton":
+            raise _cannot(why or "")
+        return REFERENCE
+
+
+@functools.cache
+def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype not in DTYPES:
+        return f"its kernels take {', '.join(map(str, DTYPES))}, not {dtype}"
+    return obstacle(device)
+
+
+def _cannot(why: str) -> TritiumError:
+    return TritiumError(f"backend 'triton' cannot run here: {why}; use backend 'torch' or 'auto'")

@@ -1,0 +1,70 @@
+"""QK-norm and RoPE: every class of head width, each rounding, order and kind of norm, with or without the cache."""
+
+import torch
+from tritium.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_cache
+
+from .matrix import Case, meta
+
+CONTEXT, PAGES, PAGE, EPS = 4096, 16, 256, 1e-6
+
+
+def case(
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype = torch.bfloat16,
+    rope: torch.dtype | None = None,
+    norm: str = "weighted",
+    first: bool = True,
+    cache: bool = True,
+    tokens: int = 64,
+    rotate: bool = True,
+) -> Case:
+    width = (heads + 2 * kv_heads) * head_dim
+    rope = rope or dtype
+    order, positions = "first" if first else "after", f"rope {rope}" if rotate else "no rope"
+    place = "cache" if cache else "plain"
+    name = f"{heads}/{kv_heads}x{head_dim} {norm} {order} {positions} {place} {tokens} tokens {dtype}"
+
+    def call() -> object:
+        arguments = (
+            meta(tokens, width, dtype=dtype),
+            heads,
+            kv_heads,
+            meta(CONTEXT, 2, head_dim // 2, dtype=torch.float32) if rotate else None,
+            meta(tokens, dtype=torch.int64) if rotate else None,
+            rope,
+            norm != "none",
+            meta(heads + kv_heads, head_dim, dtype=dtype) if norm == "weighted" else None,
+            EPS,
+            first,
+        )
+        if not cache:
+            return qk_norm_rope(*arguments)
+        pool = meta(2, kv_heads, PAGES, PAGE, head_dim, dtype=dtype)
+        return qk_norm_rope_cache(*arguments, pool[0], pool[1], meta(tokens, dtype=torch.int64))
+
+    # A rope in float32 names float32 too, which asks for no tf32: there are no matrix products here at all.
+    return Case(name.replace("torch.", ""), call, wide=head_dim % 16 == 0)
+
+
+HALF, FULL = torch.float16, torch.float32
+CASES = [
+    case(16, 8, 128),
+    case(16, 8, 128, cache=False),
+    case(16, 8, 128, tokens=1),
+    case(24, 6, 64, rope=FULL, norm="unweighted", first=False),
+    case(24, 6, 64, rope=FULL, norm="unweighted", first=False, cache=False),
+    case(24, 6, 64, rotate=False, norm="none"),
+    case(24, 6, 64, norm="none"),
+    case(12, 12, 64, HALF, rope=FULL, first=False),
+    case(2, 1, 16),
+    case(8, 2, 56, norm="none", first=False),
+    case(32, 32, 80, HALF),
+    case(32, 8, 96, rope=FULL),
+    case(16, 1, 256),
+    case(16, 1, 256, rope=FULL, first=False, cache=False),
+    case(16, 8, 128, FULL),
+    case(16, 1, 256, FULL, first=False),
+    case(4, 2, 16, FULL, norm="unweighted", cache=False),
+]

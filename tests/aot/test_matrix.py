@@ -1,0 +1,53 @@
+"""Every launch configuration compiles for every architecture under both versions of Triton, within its budgets."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+OLDER = ROOT / ".venv" / "triton-3.6.0"  # `make test` puts it there
+VERSIONS = {"3.7.1": None, "3.6.0": OLDER}
+
+
+def compiled(arch: str, version: str, tmp_path: Path, *options: str) -> dict[str, Any]:
+    """The report of one run of the matrix, in a process of its own."""
+    path, env = VERSIONS[version], {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    if path is not None and not path.is_dir():
+        assert "CI" not in os.environ, f"{path} is not there: `make test` installs it"
+        pytest.skip(f"{path} is not there: `make test` installs it")
+    env.pop("TRITON_INTERPRET", None)
+    env["PYTHONPATH"] = os.pathsep.join([str(part) for part in (path, ROOT) if part is not None])
+    command = [sys.executable, "-m", "tests.aot.matrix", arch, *options]
+    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert run.stdout, run.stderr[-3000:]
+    report: dict[str, Any] = json.loads(run.stdout)
+    assert report["triton"] == version
+    assert run.returncode == bool(report["failures"])
+    return report
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_row_of_every_table(arch: str, version: str, tmp_path: Path) -> None:
+    report = compiled(arch, version, tmp_path)
+    assert report["failures"] == []
+    assert len(report["kernels"]) > 60
+
+
+@pytest.mark.parametrize(("arch", "override"), [("sm_90", "ROWS=8"), ("gfx942", "ROWS=32")])
+def test_a_row_that_spills_is_caught(arch: str, override: str, tmp_path: Path) -> None:
+    """Too many elements a thread: without this, a blind matrix would look green."""
+    options = ("--kernel", "rms_norm", "--only", "4096 bfloat16", "--override", override)
+    report = compiled(arch, "3.7.1", tmp_path, *options)
+    assert [line for line in report["failures"] if "4096 bfloat16" in line and "spills" in line]
+
+
+def test_a_row_that_no_case_takes_is_caught(tmp_path: Path) -> None:
+    report = compiled("sm_90", "3.7.1", tmp_path, "--kernel", "rms_norm", "--only", "4096 bfloat16")
+    assert [line for line in report["failures"] if "no case takes it" in line]

@@ -1,0 +1,145 @@
+"""`tritium verify`: right models pass, and each disturbed kernel is named with its layer."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from tritium.runtime import backend, cli, verify
+from tritium.runtime.accuracy import Errors, broken, errors
+from tritium.runtime.operations import KERNELS, Operations
+
+import tritium
+from tests import oracle
+from tests.rule import DEVICE
+
+CASES = [oracle.Case("qwen3", 4, 2, 16, tied=True, layers=2), oracle.Case("mobilellm", 4, 1, 56, tied=False, layers=2)]
+OPERATIONS = [entry.name for entry in dataclasses.fields(Operations)]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    case = request.param
+    return oracle.save(case, oracle.build(case), tmp_path_factory.mktemp("verify") / str(case))
+
+
+def model_of(checkpoint: Path, dtype: str = "float32") -> tritium.Decoder:
+    return tritium.load(checkpoint, device=DEVICE, dtype=dtype, progress=False)[0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_passes_on_right_kernels(checkpoint: Path, dtype: str) -> None:
+    """Every operation of every layer is in the report, none of them idle."""
+    report = verify.verify(model_of(checkpoint, dtype), oracle.tokens(1, 9)[0].tolist(), 4)
+    assert report.problems == []
+    named = {row.operation.partition(" ")[0] for row in report.rows}
+    assert named == set(OPERATIONS) - {"layer_norm"}  # no family has it yet
+    assert {row.layer for row in report.rows} == {None, 0, 1}
+    assert len(report.depth) == 2
+    assert max(report.divergence.values()) < (1e-9 if dtype == "float32" else 1e-2)
+    assert all(row.torch.largest > 0 for row in report.rows if row.operation in ("linear", "attention", "rms_norm"))
+    assert "4 greedy tokens" in report.greedy or dtype == "bfloat16"
+
+
+def disturbed(name: str, calls: list[int], at: int) -> Any:
+    """The kernel, wrong in its call number `at`: one element in a hundred, by a part in a hundred."""
+    kernel = getattr(KERNELS, name)
+
+    def spoil(x: Tensor) -> Tensor:
+        if x.dtype == torch.int64:
+            return (x + 1) % oracle.VOCAB
+        x.view(-1)[:: max(1, x.numel() // 100)] *= 1.01
+        return x
+
+    def run(*args: Any) -> Any:
+        result = kernel(*args)
+        calls.append(len(calls))
+        if len(calls) - 1 != at:
+            return result
+        return (spoil(result[0]), *result[1:]) if isinstance(result, tuple) else spoil(result)
+
+    return run
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "layer_norm"])
+def test_names_the_kernel_that_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    """Each kernel, disturbed in one call only, is named, and in its layer; nothing else is."""
+    case = CASES[0]
+    model = model_of(oracle.save(case, oracle.build(case), tmp_path / "checkpoint"))
+    tokens = oracle.tokens(1, 9)[0].tolist()
+    calls: list[int] = []
+    per_layer = {"rms_norm": 2, "linear_residual": 2}.get(name, 1)
+    outside = name == "sample"
+    spoiled = disturbed(name, calls, 0 if outside else per_layer)  # the first call of the second layer
+    monkeypatch.setattr(verify, "KERNELS", dataclasses.replace(KERNELS, **{name: spoiled}))
+    report = verify.verify(model, tokens, 2)
+    first = "outside the layers" if outside else "layer 1"
+    assert report.problems
+    assert all(problem.startswith(f"{first}, {name}") for problem in report.problems)
+    wrong = [row for row in report.rows if row.wrong]
+    assert {row.operation.partition(" ")[0] for row in wrong} == {name}
+    assert {row.layer for row in wrong} == {None if outside else 1}
+    assert "WRONG" in verify.table(report)
+
+
+def test_a_wrong_cache_write_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Writing one slot further spoils no result of the call itself: only the cache shows it."""
+    case = CASES[0]
+    model = model_of(oracle.save(case, oracle.build(case), tmp_path / "checkpoint"))
+
+    def shifted(*args: Any) -> Tensor:
+        return KERNELS.qk_norm_rope_cache(*args[:-1], args[-1] + 1)
+
+    monkeypatch.setattr(verify, "KERNELS", dataclasses.replace(KERNELS, qk_norm_rope_cache=shifted))
+    report = verify.verify(model, oracle.tokens(1, 9)[0].tolist(), 1)
+    wrong = {row.operation for row in report.rows if row.wrong}
+    assert wrong == {"qk_norm_rope_cache k", "qk_norm_rope_cache v"}
+
+
+def test_whole_paths_are_compared_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A path that is wrong only as a whole: its logits and its tokens tell."""
+    case = CASES[0]
+    model = model_of(oracle.save(case, oracle.build(case), tmp_path / "checkpoint"))
+    right = backend.triton_kernels(model.backend.modes)
+
+    def negated(*args: Any) -> tuple[Tensor, Tensor]:
+        hidden, logits = right.norm_head(*args)
+        return hidden, -logits
+
+    wrong = dataclasses.replace(right, norm_head=negated)
+    for module in (backend, verify):
+        monkeypatch.setattr(module, "triton_kernels", lambda modes: wrong)
+    report = verify.verify(model, oracle.tokens(1, 9)[0].tolist(), 2)
+    assert any(problem.startswith("logits: rms error") for problem in report.problems)
+    assert any(problem.startswith("greedy token 0 differs") for problem in report.problems)
+    assert report.divergence["triton from truth"] > 1
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Exit code 0 and a plot where it is right, 1 where it is not."""
+    checkpoint = oracle.save(CASES[1], oracle.build(CASES[1]), tmp_path / "checkpoint")
+    arguments = ["verify", "--checkpoint", str(checkpoint), "--device", DEVICE, "--max-new-tokens", "2"]
+    monkeypatch.setattr(cli, "VERIFY_IDS", 6)
+    picture = tmp_path / "depth.png"
+    assert cli.main([*arguments, "--plot", str(picture)]) == 0
+    out = capsys.readouterr().out
+    assert "The Triton path is right." in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    spoiled = dataclasses.replace(KERNELS, linear=lambda *args: KERNELS.linear(*args) * 1.01)
+    monkeypatch.setattr(verify, "KERNELS", spoiled)
+    assert cli.main(arguments) == 1
+    assert "layer 0, linear: " in capsys.readouterr().out
+
+
+def test_the_rule() -> None:
+    """Where a kernel may be worse than its definition, and by how much."""
+    truth = torch.tensor([1.0, 2.0, float("inf")], dtype=torch.float64)
+    assert errors(torch.tensor([1.0, 2.5, float("inf")]), truth) == pytest.approx(Errors(0.5, (0.25 / 3) ** 0.5))
+    assert errors(torch.tensor([float("nan"), 2.0, float("inf")]), truth).largest == float("inf")
+    assert broken(Errors(0.19, 0.11), Errors(0.1, 0.1), truth) is None
+    assert broken(Errors(0.21, 0.1), Errors(0.1, 0.1), truth).startswith("largest error 0.21")
+    assert broken(Errors(0.1, 0.13), Errors(0.1, 0.1), truth).startswith("rms error 0.13")
+    assert broken(Errors(float("nan"), 0.1), Errors(0.1, 0.1), truth) is not None
+    assert broken(Errors(4e-7, 4e-7), Errors(0.0, 0.0), truth) is None  # float32's own resolution at 2
