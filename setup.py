@@ -33,6 +33,7 @@ setup(
         # One pattern a depth: families' YAML files, and the bundled checkpoint with its text.
         "tritium.models": ["*/*.yaml", "*/*/*.json", "*/*/*.safetensors", "*/*/*.txt", "*/*/*.md"],
         "tritium.kernels": ["tuning/*.yaml"],
+        "tritium.benchmarks": ["*.yaml"],
     },
     install_requires=[
         "torch>=2.11",

@@ -1,28 +1,76 @@
-"""The command line of the benchmarks."""
+"""Measures the kernels and whole models on this GPU: right first, then timed beside floors and peers.
+
+Without arguments: the tests that need a GPU, every kernel and model, within ten minutes, to results/<gpu>.json and a
+plot beside it. What a run did not reach, the next one takes up.
+"""
 
 import argparse
 import sys
+from pathlib import Path
 
+import torch
 from tritium.runtime.errors import TritiumError
+from tritium.runtime.files import read_json
+from tritium.runtime.loading import pick_device
 
-from . import decode
+from . import decode, record, suite
 
-BENCHMARKS = {"decode": decode.run}
+NEEDS = (
+    "the benchmarks need a GPU, and torch sees none; `decode --device cpu` measures the decode step of the PyTorch "
+    "path, `--device cpu --smoke --json FILE` only tries everything out"
+)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tritium.benchmarks", description=__doc__)
-    parser.add_argument("benchmark", nargs="?", choices=BENCHMARKS, default="decode", help="which one (decode)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda ...")
-    parser.add_argument("--threads", type=int, help="CPU threads for every contender; torch's choice where absent")
-    parser.add_argument("--json", metavar="FILE", help="write the figures, with hardware and versions, to a file")
+    parser = argparse.ArgumentParser(
+        prog="python -m tritium.benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    choices = (*suite.OPERATIONS, "decode", "show")
+    parser.add_argument(
+        "benchmark", nargs="*", choices=[*choices, []], metavar="WHAT",
+        help=f"{', '.join(choices)}: operations, models, the step of small models beside transformers, a results file "
+        "as a table (with --json); all operations and models where absent",
+    )  # fmt: skip
+    parser.add_argument("--device", help="cuda, cuda:1, cpu ...; the GPU where absent")
+    parser.add_argument("--json", metavar="FILE", help="the results file (results/<gpu>.json)")
+    parser.add_argument("--plot", metavar="FILE", help="the picture (beside the results file)")
+    parser.add_argument("--minutes", type=float, default=10, metavar="N", help="stop after so long (10)")
+    parser.add_argument("--case", metavar="TEXT", help="only cases whose `operation: name` contains this")
+    parser.add_argument("--again", action="store_true", help="measure what was measured with this code, too")
+    parser.add_argument("--no-tests", dest="tests", action="store_false", help="leave out the tests that need a GPU")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, once, in Triton's interpreter on the CPU")
+    parser.add_argument("--threads", type=int, help="decode: CPU threads for every contender (torch's choice)")
     options = parser.parse_args()
     try:
-        BENCHMARKS[options.benchmark](options)
+        return _run(options)
     except TritiumError as error:
         print(f"benchmarks: error: {error}", file=sys.stderr)
         return 2
-    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    if {"decode", "show"} & set(options.benchmark) and len(options.benchmark) > 1:
+        raise TritiumError("decode and show go alone")
+    if options.benchmark == ["show"]:
+        if not options.json:
+            raise TritiumError("show: name a results file by --json")
+        found = read_json(Path(options.json))
+        print(decode.summary(found) if "results" in found else record.summary(record.read(Path(options.json))))
+        return 0
+    if options.benchmark == ["decode"]:
+        options.device = options.device or "cpu"
+        decode.run(options)
+        return 0
+    if options.device is None and not torch.cuda.is_available():
+        raise TritiumError(NEEDS)
+    options.device = str(pick_device(options.device))
+    if options.device == "cpu" and not options.smoke:
+        raise TritiumError(NEEDS)
+    if options.device != "cpu" and options.smoke:
+        raise TritiumError("--smoke: runs in the interpreter, with --device cpu")
+    # Tests belong to the one command, not to a question about one operation.
+    options.tests = options.tests and not options.smoke and not options.benchmark and options.case is None
+    return suite.run(options)
 
 
 if __name__ == "__main__":

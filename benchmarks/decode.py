@@ -57,12 +57,14 @@ def build(shape: dict[str, Any], device: torch.device) -> Decoder:
 def transformers_twin(model: Decoder) -> Any:
     """`transformers`' model with the same weights."""
     try:
-        from transformers import Qwen3Config, Qwen3ForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError:
         raise TritiumError("this benchmark compares with transformers: pip install 'tritium[dev]'") from None
-    family = get_family("qwen3")
-    config = Qwen3Config(**config_from_spec(family, model.config), pad_token_id=0)
-    twin = Qwen3ForCausalLM(config).to(model.device)
+    family = get_family(model.config.family)
+    values = config_from_spec(family, model.config)
+    config = AutoConfig.for_model(values.pop("model_type"), **values, pad_token_id=0)
+    with torch.device(model.device):
+        twin = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
     parameters = dict(model.named_parameters())
     pieces = WeightMap(family, model.config, parameters.items()).pieces.values()
     state = {piece.source: piece.read(parameters[piece.parameter].detach()) for piece in pieces}

@@ -1,5 +1,6 @@
 """What every benchmark shares: interleaved timing, percentiles, and a record of where figures come from."""
 
+import hashlib
 import json
 import platform
 import subprocess
@@ -12,7 +13,9 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "triton", "transformers", "numpy")
+PACKAGES = ("torch", "triton", "transformers", "numpy", "flashinfer-python", "liger-kernel")
+ROOT = Path(__file__).resolve().parent.parent
+MEASURED = ("kernels", "runtime", "models", "benchmarks")  # folders whose code a figure depends on
 
 
 @dataclass(frozen=True)
@@ -59,14 +62,54 @@ def environment(device: torch.device) -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
+    gpu = {}
+    if device.type == "cuda":
+        gpu = {
+            "memory_bytes": torch.cuda.get_device_properties(device).total_memory,
+            "driver": _driver(),
+            "cuda": torch.version.cuda or torch.version.hip,
+        }
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device": device_name(device),
+        **gpu,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": versions,
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+
+
+def _driver() -> str | None:
+    """The GPU driver's version, where its own tool tells it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[0].strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def fingerprint() -> str:
+    """A digest of the code that figures depend on: where it is the same, a figure need not be taken again.
+
+    Unlike a commit it is there outside a checkout and tells two states of an edited tree apart.
+    """
+    digest = hashlib.sha256()
+    for folder in MEASURED:
+        for path in sorted((*(ROOT / folder).rglob("*.py"), *(ROOT / folder).rglob("*.yaml"))):
+            digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def import_root() -> Path:
+    """What must be on the path of a new process for `tritium` to be this one."""
+    import tritium
+
+    return Path(tritium.__file__).resolve().parent.parent
 
 
 def _cpu_name() -> str:

@@ -106,7 +106,7 @@ def test_the_wheel_holds_all_and_nothing_else(tree: Path, wheel: Path) -> None:
     python_files = [path for package in PACKAGES for path in (tree / package).rglob("*.py")]
     sizes = list((tree / "models").rglob("*.yaml"))
     bundled = [path for path in (tree / "models" / "mobilellm" / "shakespeare").rglob("*") if path.is_file()]
-    tuning = list((tree / "kernels").rglob("*.yaml"))
+    tuning = [*(tree / "kernels").rglob("*.yaml"), *(tree / "benchmarks").rglob("*.yaml")]
     assert len(python_files) > 30
     assert len(sizes) > 11
     wanted = set()

@@ -1,0 +1,34 @@
+"""The shapes that are measured: those of published models, read from models/, and those of published figures."""
+
+from functools import cache
+
+from tritium.runtime.registry import get_family
+from tritium.runtime.spec import ModelSpec
+
+MODELS = {"qwen3 0.6B": ("qwen3", "0.6B"), "qwen3 8B": ("qwen3", "8B"), "mobilellm 950m": ("mobilellm", "950m")}
+SMALL = {"num_layers": 2, "vocab_size": 96, "context_length": 512, "embedding_dim": 32, "hidden_dim": 48}
+TINY = {**SMALL, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
+
+ITEM = 2
+"""Bytes an element as floors count them: bfloat16."""
+
+
+@cache
+def spec(name: str) -> ModelSpec:
+    """A model of the list by its name; `tiny` is a Qwen3 that a CPU manages in no time."""
+    if name == "tiny":
+        return get_family("qwen3").spec("0.6B").replace(**TINY)
+    family, size = MODELS[name]
+    return get_family(family).spec(size)
+
+
+def projections(name: str) -> dict[str, tuple[int, int]]:
+    """Each weight matrix of a layer and the head: (output features, input features)."""
+    model = spec(name)
+    return {
+        "qkv": (model.query_dim + 2 * model.kv_dim, model.embedding_dim),
+        "out": (model.embedding_dim, model.query_dim),
+        "gate_up": (2 * model.hidden_dim, model.embedding_dim),
+        "down": (model.embedding_dim, model.hidden_dim),
+        "head": (model.vocab_size, model.embedding_dim),
+    }

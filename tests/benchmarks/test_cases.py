@@ -1,0 +1,145 @@
+"""The benchmark's own eyes: every gate sees a disturbed result, floors count what inputs and outputs hold."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from tritium.benchmarks.case import Case, Draw, call, far, wrong
+from tritium.benchmarks.kernels.attention import attend, sampled
+from tritium.benchmarks.kernels.sampling import misplaced
+from tritium.benchmarks.peers import sdpa
+from tritium.benchmarks.shapes import ITEM, MODELS, projections
+from tritium.benchmarks.suite import KERNELS, OPERATIONS
+from tritium.benchmarks.worker import find
+from tritium.kernels.attention import attention_reference
+from tritium.kernels.sampling import sample_reference
+
+CPU = torch.device("cpu")
+SMOKE = [(operation, case) for operation in KERNELS for case in find(operation, smoke=True).values()]
+IDS = [f"{operation}: {case.name}" for operation, case in SMOKE]
+
+
+def disturbed(case: Case) -> Any:
+    """The definition as a contender, its first output off by a hundredth (tokens: by one)."""
+
+    def off(out: Any) -> Any:
+        if not isinstance(out, Tensor):
+            return (off(out[0]), *out[1:])
+        return out * 1.01 if out.is_floating_point() else out + 1
+
+    return lambda *args: lambda: off(case.definition(*args))
+
+
+@pytest.mark.parametrize(("operation", "case"), SMOKE, ids=IDS)
+def test_the_gate_sees_what_is_off(operation: str, case: Case) -> None:
+    assert wrong(case, call(case.definition), CPU, seed=1) is None
+    assert wrong(case, disturbed(case), CPU, seed=1) is not None
+    assert far(case, disturbed(case), CPU, seed=1) is not None
+
+
+def test_the_gate_sees_missing_numbers_and_other_types() -> None:
+    case = find("rms_norm", smoke=True)["3 x 64"]
+
+    def broken(x: Tensor, weight: Tensor) -> Tensor:
+        y = case.definition(x, weight)
+        y[-1, -1] = float("nan")
+        return y
+
+    assert "largest error inf" in str(wrong(case, call(broken), CPU, seed=1))
+    assert "not torch.float32" in str(wrong(case, call(lambda x, w: case.definition(x, w).double()), CPU, seed=1))
+    assert "output 0 is" in str(wrong(case, call(lambda x, w: case.definition(x, w)[:2]), CPU, seed=1))
+
+
+def test_the_gate_sees_a_cache_that_was_not_written() -> None:
+    """What a call writes into its arguments is part of its result."""
+    case = next(iter(find("qk_norm_rope", smoke=True).values()))
+
+    def forgetful(*args: Any) -> Any:
+        kept = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
+        return case.definition(*kept)
+
+    assert "output 1" in str(wrong(case, call(forgetful), CPU, seed=1))
+
+
+@pytest.mark.parametrize("operation", ["rms_norm", "layer_norm", "swiglu", "linear", "sampling"])
+def test_floors_count_every_input_and_output_once(operation: str) -> None:
+    for case in find(operation, smoke=True).values():
+        args = case.make(Draw(CPU, 0))
+        out = case.observe(case.definition(*args), args)
+        held = [x.numel() for x in args if isinstance(x, Tensor) and x.dtype == torch.float32]
+        if operation == "sampling":  # one number a row is not counted
+            assert (case.reads, case.writes) == (held[0] * ITEM, out[0].numel() * 8)
+        else:
+            assert (case.reads, case.writes) == (sum(held) * ITEM, sum(x.numel() for x in out) * ITEM)
+
+
+def test_floors_of_attention() -> None:
+    """By hand: 64 query heads of 128, 2048 tokens, each of which sees itself and those before it."""
+    case = find("attention", smoke=False)["GQA 64/8 d128 2048"]
+    assert case.flop == 4 * 64 * 128 * (2048 * 2049 // 2)
+    case = find("decode_attention", smoke=False)["30B-A3B 32/4 d128 batch 1 keys 1024"]
+    assert case.reads == 2 * (2 * 1024 * 4 * 128 + 32 * 128)
+    chunk = find("attention", smoke=False)["qwen3 8B 32/8 d128 1024 of 8192 paged"]
+    assert chunk.flop == 4 * 32 * 128 * sum(range(8192 - 1024 + 1, 8192 + 1))
+
+
+def test_shapes_are_the_models() -> None:
+    names = {f"{operation}: {case}" for operation in OPERATIONS for case in find(operation, smoke=False)}
+    assert {
+        "linear: qwen3 8B gate_up 1 x 24576 x 4096",
+        "linear: qwen3 0.6B head 1 x 151936 x 1024",
+        "rms_norm: 4096 x 1536",
+        "swiglu: 1 x 12288",
+        "qk_norm_rope: mobilellm 950m 24/6 d64 tokens 64",
+        "models: qwen3 8B decode",
+    } <= names
+    assert projections("mobilellm 950m")["qkv"] == ((24 + 2 * 6) * 64, 1536)
+    weights = find("models", smoke=False)["qwen3 8B decode"].reads
+    assert weights == 2 * (36 * 4096 * (6144 + 4096 + 3 * 12288) + 151936 * 4096)
+    assert len(MODELS) == 3
+
+
+def test_the_sampled_definition_of_attention() -> None:
+    """Is the definition of kernels/attention.py for the queries that it takes, the ends among them."""
+    draw = Draw(CPU, 3)
+    q, k, v = draw.normal(130, 4, 8), draw.normal(130, 2, 8), draw.normal(130, 2, 8)
+    rows = sampled(130)
+    assert {0, 1, 2, 129} <= set(rows)
+    expected = attention_reference(q, k, v, [0, 130], 0.3)[rows]
+    torch.testing.assert_close(attend(q[rows], k, v, torch.tensor(rows), 0.3), expected)
+    across = [x.unsqueeze(0).transpose(1, 2) for x in (q, k, v)]
+    peer = sdpa("MATH", lambda *args: tuple(across), True, 0.3)(q, k, v)()  # type: ignore[arg-type]
+    torch.testing.assert_close(peer[rows], expected)
+
+
+def test_misplaced_tokens() -> None:
+    """Right is what the definition takes, and only the token whose part of the distribution holds the number."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(64, 50, generator=generator)
+    uniform = torch.rand(64, generator=generator)
+    for setting in ((1.0, 0, 1.0), (0.8, 0, 0.9), (0.7, 5, 0.9)):
+        tokens = sample_reference(logits, *setting, uniform)
+        assert misplaced(tokens, logits, *setting, uniform) is None
+        for row in (0, 63):
+            off = tokens.clone()
+            off[row] = (off[row] + 1) % 50
+            assert f"row {row}" in str(misplaced(off, logits, *setting, uniform))
+    greedy = logits.argmax(-1)
+    assert misplaced(greedy, logits, 0.0, 0, 1.0, None) is None
+    assert "row 0" in str(misplaced(torch.zeros_like(greedy) + (greedy[0] == 0), logits, 0.0, 0, 1.0, None))
+    assert "tokens are" in str(misplaced(greedy.int(), logits, 0.0, 0, 1.0, None))
+
+
+def test_a_peer_may_round_but_not_differ() -> None:
+    case = find("rms_norm", smoke=True)["3 x 64"]
+    near = call(lambda x, weight: case.definition(x, weight) * (1 + 2e-5))
+    assert far(case, near, CPU, seed=1) is None
+    assert "differs from the definition by 0.01" in str(far(case, disturbed(case), CPU, seed=1))
+
+
+def test_drawn_inputs_repeat_and_differ() -> None:
+    a, b, other = (Draw(CPU, seed).normal(8) for seed in (1, 1, 2))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, other)
+    assert sorted(Draw(CPU, 1).permutation(9).tolist()) == list(range(9))
