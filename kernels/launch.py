@@ -53,7 +53,8 @@ def obstacle(device: torch.device) -> str | None:
 
 
 def require(x: Tensor, *others: Tensor | None, dtypes: tuple[torch.dtype, ...] | None = None) -> None:
-    """Raises what a caller's mistake deserves: kernels that cannot run here, a wrong dtype, tensors apart.
+    """Raises what a caller's mistake deserves: kernels that cannot run here, a wrong dtype, tensors apart, a gradient
+    that would be lost.
 
     Meta tensors pass: they are compiled for, not computed with.
     """
@@ -65,6 +66,11 @@ def require(x: Tensor, *others: Tensor | None, dtypes: tuple[torch.dtype, ...] |
     for other in others:
         if other is not None and other.device != x.device:
             raise ValueError(f"tensors lie on {x.device} and {other.device}: they must be on one device")
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, *others)):
+        raise RuntimeError(
+            "a launcher computes no gradients: call it under torch.no_grad(), or call torch.ops.tritium, which "
+            "differentiates the definition"
+        )
 
 
 def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **options: Any) -> None:
@@ -91,7 +97,8 @@ def register(
     """Makes `torch.ops.tritium.<name>` of a launcher, for `torch.compile(fullgraph=True)`, export and other callers.
 
     Where no kernel can run (a CPU), the operation is its definition. `fake` computes the outputs' shapes; it is
-    needless where the operation only writes into its arguments.
+    needless where the operation only writes into its arguments. Gradients are the definition's, computed anew from the
+    inputs; an operation that writes into its arguments has none.
     """
     name = schema.partition("(")[0]
 
@@ -103,3 +110,34 @@ def register(
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, run, key)
     torch.library.register_fake(f"tritium::{name}", fake or (lambda *args, **kwargs: None), lib=_LIBRARY)
+    if "!" not in schema:
+        backward = _backward_of(reference)
+        torch.library.register_autograd(f"tritium::{name}", backward, setup_context=_keep_inputs, lib=_LIBRARY)
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+    ctx.others = [None if isinstance(value, Tensor) else (value,) for value in inputs]
+
+
+def _backward_of(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The vector-Jacobian product of a definition."""
+
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        saved = iter(ctx.saved_tensors)
+        inputs = [next(saved) if other is None else other[0] for other in ctx.others]
+        wanted = [index for index, needed in enumerate(ctx.needs_input_grad) if needed]
+        with torch.enable_grad():
+            for index in wanted:
+                inputs[index] = inputs[index].detach().requires_grad_()
+            found = reference(*inputs)
+        pairs = zip(found if isinstance(found, tuple) else (found,), gradients, strict=True)
+        used = [(out, gradient) for out, gradient in pairs if gradient is not None and out.requires_grad]
+        outputs, given = zip(*used, strict=True)
+        computed = torch.autograd.grad(outputs, [inputs[index] for index in wanted], given, allow_unused=True)
+        result: list[Tensor | None] = [None] * len(inputs)
+        for index, gradient in zip(wanted, computed, strict=True):
+            result[index] = gradient
+        return tuple(result)
+
+    return backward
