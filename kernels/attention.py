@@ -8,9 +8,9 @@ own, and with a window W only the last W of those. Query head h reads key/value 
 
 Shapes: q [T, Hq, D] with all sequences' queries packed one after another; k and v [T, Hk, D] packed likewise, or in
 the cache [Hk, pages, page_size, D]; out [T, Hq, D].
-Rounding: scores, mask and softmax in float32 (float64 stays); probabilities round to the input dtype before the
-product with v, which accumulates in float32; one rounding at the end. The definition rounds the probabilities
-themselves; the kernel rounds exp(score - maximum so far) and divides the float32 result by the float32 sum.
+Rounding: scores, mask and softmax in float32 (float64 stays); exp(score - maximum) rounds to the input dtype before the
+product with v, which accumulates in float32 and is divided by the sum of the unrounded ones; one rounding at the end.
+The definition takes the maximum of all scores, the kernel that of the tiles so far.
 Order: a query's keys are taken in tiles of BLOCK_N that begin at multiples of BLOCK_N from the sequence's first key.
 A tile of which a query sees nothing leaves the query's bits as they were. So they depend neither on the batch, nor on
 where the keys lie, nor on the chunks in which a sequence is prefilled. A NaN reaches the queries that see it, and the
@@ -20,7 +20,7 @@ Floor: decode reads 2 * L * Hk * D * itemsize bytes a sequence; prefill does 4 *
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -51,30 +51,7 @@ def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int] | Tensor, scale: float, window: int | None = None
 ) -> Tensor:
     """Prefill and training: every sequence attends to its own new keys. `starts` [rows + 1] bounds the sequences."""
-    rows = list(pairwise(_ints(starts)))
-    lengths = {end - start for start, end in rows}
-    if len(lengths) == 1 and q.numel():  # one call for all rows
-        shape = (len(rows), lengths.pop(), -1, q.shape[-1])
-        return _attend(q.reshape(shape), k.reshape(shape), v.reshape(shape), scale, window).reshape(q.shape)
-    parts = [_attend(q[None, a:b], k[None, a:b], v[None, a:b], scale, window).squeeze(0) for a, b in rows]
-    return torch.cat(parts) if parts else torch.empty_like(q)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-    """q [B, S, Hq, D], k and v [B, L, Hk, D] -> [B, S, Hq, D], causal with the last query at the last key."""
-    num_queries, num_keys = q.shape[1], k.shape[1]
-    plain = window is None and num_queries in (1, num_keys)
-    mask = None if plain else visible(num_queries, num_keys, window, q.device)
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=plain and num_queries > 1,
-        scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
-    )
-    return out.transpose(1, 2)
+    return _packed(_attend, q, k, v, starts, scale, window)
 
 
 def paged_attention_reference(
@@ -91,41 +68,91 @@ def paged_attention_reference(
 
     `page_table` [rows, pages] of integers names each row's pages in order.
     """
+    return _paged(_attend, q, k_cache, v_cache, page_table, starts, lengths, scale, window)
+
+
+def sdpa_attention(
+    q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int] | Tensor, scale: float, window: int | None = None
+) -> Tensor:
+    """The same by torch's fused kernels: no scores in memory, and the rounding of whichever one torch picks."""
+    return _packed(_fused, q, k, v, starts, scale, window)
+
+
+def sdpa_paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    starts: Sequence[int] | Tensor,
+    lengths: Sequence[int] | Tensor,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """The same by torch's fused kernels."""
+    return _paged(_fused, q, k_cache, v_cache, page_table, starts, lengths, scale, window)
+
+
+# q [B, S, Hq, D], k and v [B, L, Hk, D], scale, window -> [B, S, Hq, D], causal with the last query at the last key.
+_Attend = Callable[[Tensor, Tensor, Tensor, float, int | None], Tensor]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    scores = torch.einsum("bshgd,blhd->bhgsl", wide(q).unflatten(2, (k.shape[2], -1)), wide(k)) * scale
+    if not scores.numel():
+        return torch.zeros_like(q) if q.numel() else q.clone()
+    scores = scores.masked_fill(~visible(q.shape[1], k.shape[1], window, q.device), float("-inf"))
+    p = torch.exp(scores - scores.detach().amax(-1, keepdim=True))
+    out = torch.einsum("bhgsl,blhd->bhgsd", wide(p.to(v.dtype)), wide(v)) / p.sum(-1, keepdim=True)
+    return out.permute(0, 3, 1, 2, 4).flatten(2, 3).to(q.dtype)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    num_queries, num_keys = q.shape[1], k.shape[1]
+    plain = window is None and num_queries in (1, num_keys)
+    mask = None if plain else visible(num_queries, num_keys, window, q.device)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=plain and num_queries > 1,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2)
+
+
+def _packed(
+    attend: _Attend, q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int] | Tensor, scale: float, window: int | None
+) -> Tensor:
+    rows = list(pairwise(_ints(starts)))
+    lengths = {end - start for start, end in rows}
+    if len(lengths) == 1 and q.numel():  # one call for all rows
+        shape = (len(rows), lengths.pop(), -1, q.shape[-1])
+        return attend(q.reshape(shape), k.reshape(shape), v.reshape(shape), scale, window).reshape(q.shape)
+    parts = [attend(q[None, a:b], k[None, a:b], v[None, a:b], scale, window).squeeze(0) for a, b in rows]
+    return torch.cat(parts) if parts else torch.empty_like(q)
+
+
+def _paged(
+    attend: _Attend,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    starts: Sequence[int] | Tensor,
+    lengths: Sequence[int] | Tensor,
+    scale: float,
+    window: int | None,
+) -> Tensor:
     parts = []
     starts = _ints(starts)
     for row, length in enumerate(_ints(lengths)):
         pages = page_table[row, : -(-length // k_cache.shape[2])].long()
         # [Hk, pages, page_size, D] -> [1, L, Hk, D]
         k, v = (cache[:, pages].flatten(1, 2)[:, :length].transpose(0, 1).unsqueeze(0) for cache in (k_cache, v_cache))
-        parts.append(_attend(q[starts[row] : starts[row + 1]].unsqueeze(0), k, v, scale, window).squeeze(0))
+        parts.append(attend(q[starts[row] : starts[row + 1]].unsqueeze(0), k, v, scale, window).squeeze(0))
     return torch.cat(parts) if parts else torch.empty_like(q)
-
-
-def decode_attention_reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """One query a row over dense keys: q [R, Hq, D], k and v [Hk * R, L, D] -> [R, Hq, D].
-
-    `bias` [R or 1, 1, L or 1] is added to the scores and hides (with -inf) what a row must not see: keys past its
-    length or before its window. Keys and values lie head by head, so that views of the cache need no copy.
-    """
-    rows, num_heads, head_dim = q.shape
-    if not rows:
-        return torch.empty_like(q)
-    num_kv_heads = k.shape[0] // rows
-    # A group of query heads becomes the rows of one small matrix: no key is repeated.
-    groups = num_heads // num_kv_heads
-    if rows > 1:
-        q = q.view(rows, num_kv_heads, groups, head_dim).transpose(0, 1)
-        if bias.shape[0] > 1:
-            bias = bias.repeat(num_kv_heads, 1, 1)
-    q = q.reshape(num_kv_heads * rows, groups, head_dim)
-    if q.dtype is torch.float32:
-        out = torch.bmm(torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale).softmax(-1), v)
-    else:
-        scores = torch.baddbmm(bias, wide(q), wide(k).transpose(1, 2), alpha=scale)
-        out = torch.bmm(scores.softmax(-1).to(v.dtype), v)
-    if rows > 1:
-        out = out.view(num_kv_heads, rows, groups, head_dim).transpose(0, 1)
-    return out.reshape(rows, num_heads, head_dim)
 
 
 @triton.jit

@@ -25,6 +25,7 @@ from torch import Tensor
 from . import tuning
 from .attention import paged_attention_reference
 from .launch import launch, register, require, tl, triton
+from .rms_norm import wide
 
 WIDEST_GROUP = 64  # query heads of one key/value head that a program holds
 WIDEST_HEAD = 256
@@ -44,6 +45,33 @@ def decode_attention_reference(
     counts: list[int] = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
     starts = range(len(counts) + 1)
     return paged_attention_reference(q, k_cache, v_cache, page_table, starts, counts, scale, window)
+
+
+def dense_decode_attention_reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """The definition over dense keys, as a CPU likes them: q [R, Hq, D], k and v [Hk * R, L, D] -> [R, Hq, D].
+
+    `bias` [R or 1, 1, L or 1] is added to the scores and hides (with -inf) what a row must not see: keys past its
+    length or before its window. Keys and values lie head by head, so that views of the cache need no copy.
+    """
+    rows, num_heads, head_dim = q.shape
+    if not rows:
+        return torch.empty_like(q)
+    num_kv_heads = k.shape[0] // rows
+    # A group of query heads becomes the rows of one small matrix: no key is repeated.
+    groups = num_heads // num_kv_heads
+    if rows > 1:
+        q = q.view(rows, num_kv_heads, groups, head_dim).transpose(0, 1)
+        if bias.shape[0] > 1:
+            bias = bias.repeat(num_kv_heads, 1, 1)
+    q = q.reshape(num_kv_heads * rows, groups, head_dim)
+    if q.dtype is torch.float32:
+        out = torch.bmm(torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale).softmax(-1), v)
+    else:
+        scores = torch.baddbmm(bias, wide(q), wide(k).transpose(1, 2), alpha=scale)
+        out = torch.bmm(scores.softmax(-1).to(v.dtype), v)
+    if rows > 1:
+        out = out.view(num_kv_heads, rows, groups, head_dim).transpose(0, 1)
+    return out.reshape(rows, num_heads, head_dim)
 
 
 @triton.jit

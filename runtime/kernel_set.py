@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.attention import attention_reference, decode_attention_reference, paged_attention_reference
+from ..kernels.attention import sdpa_attention, sdpa_paged_attention
+from ..kernels.decode_attention import dense_decode_attention_reference
 from ..kernels.layer_norm import layer_norm_reference
 from ..kernels.linear import linear_reference, linear_residual_reference
 from ..kernels.qk_norm_rope import cache_write_reference, qk_norm_rope_reference
@@ -83,14 +84,14 @@ def _attention(q: Tensor, k: Tensor | None, v: Tensor | None, attention: Attenti
     if cache is None or batch.is_fresh:
         assert k is not None  # this set hands both on in any case
         assert v is not None
-        out = attention_reference(q, k, v, batch.starts, scale, window)
+        out = sdpa_attention(q, k, v, batch.starts, scale, window)
     elif batch.dense is not None:
         keys, values = batch.dense
         bias = batch.decode_bias(window, wide_dtype(q.dtype))
-        out = decode_attention_reference(q, keys[slot], values[slot], bias, scale)
+        out = dense_decode_attention_reference(q, keys[slot], values[slot], bias, scale)
     else:
         keys, values, table = cache.keys[slot], cache.values[slot], batch.page_table
-        out = paged_attention_reference(q, keys, values, table, batch.starts, batch.lengths, scale, window)
+        out = sdpa_paged_attention(q, keys, values, table, batch.starts, batch.lengths, scale, window)
     return out.flatten(1)
 
 

@@ -10,14 +10,24 @@ import torch
 from torch import Tensor
 from tritium.kernels.attention import (
     attention_reference,
-    decode_attention_reference,
     paged_attention_reference,
+    sdpa_attention,
+    sdpa_paged_attention,
     visible,
 )
+from tritium.kernels.decode_attention import dense_decode_attention_reference as decode_attention_reference
 
 HALVES = [torch.bfloat16, torch.float16]
 HEAD_DIMS = [16, 56, 64, 80, 96, 128]
 F64 = torch.float64
+
+
+@pytest.fixture(autouse=True, params=["definition", "fused"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test holds for the definitions, and for torch's fused kernels in their place."""
+    if request.param == "fused":
+        monkeypatch.setitem(globals(), "attention_reference", sdpa_attention)
+        monkeypatch.setitem(globals(), "paged_attention_reference", sdpa_paged_attention)
 
 
 def naive(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None) -> Tensor:
