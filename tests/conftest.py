@@ -1,6 +1,7 @@
 """Shared fixtures. Tests run against the checkout, as `tritium`."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,9 +17,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the networ
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` need one and are deselected without it, not skipped one by one."""
+    """Tests marked `gpu` need one and are deselected without it, not skipped one by one.
+
+    With one, the tests that otherwise run in the interpreter (they take tests/rule.py's device) are GPU tests too.
+    """
     if torch.cuda.is_available():
+        for item in items:
+            if "benchmarks" not in item.path.parts and {"DEVICE", "draw"} & set(dir(getattr(item, "module", None))):
+                item.add_marker("gpu")
         return
     kept = [item for item in items if "gpu" not in item.keywords]
     if len(kept) != len(items):
@@ -27,7 +35,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture
-def poisoned() -> "pytest.FixtureRequest":
+def poisoned() -> Iterator[None]:
     """torch.empty gives NaN (integers: the largest), so that whatever a kernel does not write shows."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
