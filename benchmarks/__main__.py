@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from tritium.runtime.errors import TritiumError
+from tritium.runtime.errors import Parser, TritiumError, nearest
 from tritium.runtime.files import read_json
 from tritium.runtime.loading import pick_device
 
@@ -22,12 +22,12 @@ NEEDS = (
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tritium.benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     choices = (*suite.OPERATIONS, "decode", "show")
     parser.add_argument(
-        "benchmark", nargs="*", choices=[*choices, []], metavar="WHAT",
+        "benchmark", nargs="*", metavar="WHAT",
         help=f"{', '.join(choices)}: operations, models, the step of small models beside transformers, a results file "
         "as a table (with --json); all operations and models where absent",
     )  # fmt: skip
@@ -42,6 +42,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, help="decode: CPU threads for every contender (torch's choice)")
     options = parser.parse_args()
     try:
+        for name in options.benchmark:
+            if name not in choices:
+                raise TritiumError(f"unknown {name!r}; {nearest(name, choices)}")
         return _run(options)
     except TritiumError as error:
         print(f"benchmarks: error: {error}", file=sys.stderr)
@@ -49,15 +52,27 @@ def main() -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    if not options.minutes > 0:
+        raise TritiumError(f"--minutes: must be above 0, got {options.minutes}")
+    if options.threads is not None and options.threads < 1:
+        raise TritiumError(f"--threads: must be 1 or more, got {options.threads}")
+    decoding = options.benchmark == ["decode"]
+    for name in ("json", "plot"):
+        path = getattr(options, name)
+        if path is not None and (Path(path).is_dir() or (decoding and not Path(path).parent.is_dir())):
+            raise TritiumError(f"--{name}: {path}: give a file in a folder that exists")
     if {"decode", "show"} & set(options.benchmark) and len(options.benchmark) > 1:
         raise TritiumError("decode and show go alone")
     if options.benchmark == ["show"]:
         if not options.json:
             raise TritiumError("show: name a results file by --json")
         found = read_json(Path(options.json))
-        print(decode.summary(found) if "results" in found else record.summary(record.read(Path(options.json))))
+        try:
+            print(decode.summary(found) if "results" in found else record.summary(record.read(Path(options.json))))
+        except (KeyError, TypeError, AttributeError):
+            raise TritiumError(f"{options.json}: not a results file") from None
         return 0
-    if options.benchmark == ["decode"]:
+    if decoding:
         options.device = options.device or "cpu"
         decode.run(options)
         return 0

@@ -31,7 +31,7 @@ def draw(record: Mapping[str, Any], path: Path) -> str:
         f"share of the measured ceiling; {where['device']}, {where['date']}, commit {where['commit']}", fontsize=8
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
     return f"plot: {path}"
 
 

@@ -103,7 +103,7 @@ def device_tests(device: str, seconds: float) -> dict[str, Any]:
         return {"summary": "not here"}
     # The benchmarks' own tests are the same calls through the same gate.
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--tb=line", "-p", "no:cacheprovider", "tests"]
-    command += ["--ignore", "tests/benchmarks", *(["-n", "8"] if find_spec("xdist") else [])]
+    command += ["--ignore", "tests/benchmarks", *(["-n", "4"] if find_spec("xdist") else [])]
     start = time.monotonic()
     with tempfile.TemporaryFile("w+") as report:
         process = subprocess.Popen(command, cwd=ROOT, stdout=report, stderr=subprocess.STDOUT, text=True)
@@ -142,9 +142,9 @@ def run(options: argparse.Namespace) -> int:
     if options.smoke and not options.json:
         raise TritiumError("--smoke: give --json FILE; what it measures is no result")
     where = {**environment(device), **({"smoke": True} if options.smoke else {})}
+    cases = select(options.benchmark, options.smoke, options.case)
     record = Record(path, where, fingerprint())
     record.save()  # a file that cannot be written shows now
-    cases = select(options.benchmark, options.smoke, options.case)
     done = [] if options.again else [key for key in cases if record.done(key)]
     todo = {key: cases[key] for key in cases if key not in done}
     print(f"{len(cases)} cases, {len(done)} of them already measured in {path}", file=sys.stderr, flush=True)

@@ -21,7 +21,7 @@ import torch
 import yaml
 from torch import Tensor
 from tritium.kernels import tuning
-from tritium.runtime.errors import TritiumError, nearest
+from tritium.runtime.errors import Parser, TritiumError, nearest
 from tritium.runtime.loading import pick_device
 
 from .case import Call, Case, Draw, wrong
@@ -234,7 +234,7 @@ def run(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. 0, or 2 for a mistake in what was asked for."""
-    parser = argparse.ArgumentParser(prog="tritium tune", description=__doc__)
+    parser = Parser(prog="tritium tune", description=__doc__)
     known = list(sweep())
     parser.add_argument("--kernel", action="append", metavar="NAME", help=f"of {', '.join(known)}; all where absent")
     parser.add_argument("--minutes", type=float, default=30, metavar="N", help="stop after so long (30)")
@@ -245,11 +245,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in options.kernel or []:
             if name not in known:
                 raise TritiumError(f"--kernel: unknown {name!r}; {nearest(name, known)}")
+        if not options.minutes > 0:
+            raise TritiumError(f"--minutes: must be above 0, got {options.minutes}")
         if not torch.cuda.is_available():
             raise TritiumError("it needs a GPU that Triton drives, and torch sees none")
         _on_gpu(options, known)
     except TritiumError as error:
-        print(f"tune: error: {error}", file=sys.stderr)
+        print(f"tritium tune: error: {error}", file=sys.stderr)
         return 2
     return 0
 

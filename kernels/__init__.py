@@ -1,4 +1,4 @@
-"""The operations of a decoder, one file each: definition, kernels, launcher.
+"""The operations of a decoder, one file each: definition and, but for the loss, kernels and launcher.
 
 Every file opens with the operation's formula, shapes, dtype contract and floor (bytes and operations), followed by
 `<op>_reference`, its definition in plain PyTorch. The definitions run anywhere torch runs, on any dtype: float64 gives

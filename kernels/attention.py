@@ -218,7 +218,6 @@ def _attend_tiles(
         p = tl.exp2(tl.fma(scores, scale, -shift[:, None]))
         decay = tl.exp2(best - shift)
         total = tl.fma(total, decay, tl.sum(p, 1))
-        acc = acc * decay[:, None]
         best = largest
         if TMA and not TAIL:
             v = v_desc.load([kv_head, slot, 0]).reshape(BLOCK_N, BLOCK_D)
@@ -230,7 +229,12 @@ def _attend_tiles(
                 v = tl.load(v_ptrs)
             else:
                 v = tl.load(v_ptrs, mask=o_d < D, other=0.0)
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+        if v.dtype == tl.float32:
+            # A float32 dot adds product after product to what it is given: one chain over all keys would err more than
+            # sums by tiles do. Fused by name: Triton would turn dot + acc back into the chain.
+            acc = tl.fma(acc, tl.broadcast_to(decay[:, None], acc.shape), tl.dot(p, v, input_precision="ieee"))
+        else:
+            acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None])
     return acc, total, best
 
 
@@ -341,7 +345,9 @@ def _attention_kernel(
 def attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, window: int | None = None) -> Tensor:
     """The kernel for prefill: every sequence attends to its own new keys.
 
-    q [T, Hq, D], k and v [T, Hk, D]; `starts` [rows + 1] int32 on the same device, from 0 to T.
+    q [T, Hq, D], k and v [T, Hk, D]; `starts` [rows + 1] int32 on the same device, from 0 to T. float32, bfloat16 or
+    float16, one dtype for all; out is contiguous. Raises RuntimeError where no kernel can run, TypeError and ValueError
+    for what does not fit.
     """
     if q.dim() == 3 and k.dim() == 3 and k.shape[0] != q.shape[0]:
         raise ValueError(f"k must have the {q.shape[0]} tokens of q, got {list(k.shape)}")
@@ -390,22 +396,29 @@ def _run(
         raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[0 if heads_first else 1]
-    if not 1 <= head_dim <= WIDEST or num_heads % max(num_kv_heads, 1):
+    if not 1 <= head_dim <= WIDEST or not num_kv_heads or num_heads % num_kv_heads:
         raise ValueError(
             f"head_dim must be in 1..{WIDEST} and the query heads a multiple of the key/value heads, "
             f"got head_dim {head_dim}, heads {num_heads} and {num_kv_heads}"
         )
     if not scale > 0 or (window is not None and window < 1):
         raise ValueError(f"scale must be positive and window at least 1 or None, got {scale} and {window}")
-    num_rows = starts.shape[0] - 1
+    num_rows = starts.numel() - 1
+    if num_rows < (1 if tokens else 0):
+        raise ValueError(f"starts must be [rows + 1] int32 from 0 to {tokens}, got {list(starts.shape)}")
     for name, integers, shape in (("starts", starts, (num_rows + 1,)), ("lengths", lengths, (num_rows,))):
         if integers is not None and (integers.shape != shape or integers.dtype != torch.int32):
             raise ValueError(f"{name} must be {list(shape)} int32, got {list(integers.shape)} {integers.dtype}")
     if table is not None and (table.dim() != 2 or table.shape[0] != num_rows or table.dtype != torch.int32):
         raise ValueError(f"page_table must be [{num_rows}, pages] int32, got {list(table.shape)} {table.dtype}")
+    if table is not None and num_rows and not (table.shape[1] and k.shape[1]):
+        raise ValueError(f"page_table {list(table.shape)} and caches {list(k.shape)} hold no page")
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not q.numel() or not num_rows:
         return out
+    starts = starts.contiguous()
+    lengths = None if lengths is None else lengths.contiguous()
+    table = table if table is None or table.stride(1) == 1 else table.contiguous()
 
     block_d = max(triton.next_power_of_2(head_dim), 16)
     options = dict(tuning.config("attention", q.device, head_dim=head_dim, itemsize=q.element_size()))
@@ -415,6 +428,8 @@ def _run(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     # [Hk, slots, D], whichever form they came in.
     k, v = (x.flatten(1, 2) if heads_first else x.transpose(0, 1) for x in (k, v))
+    # Within a tile offsets are 32 bits wide.
+    k, v = (x if x.stride(1) * options["BLOCK_N"] < 2**31 else x.contiguous() for x in (k, v))
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     wide_load = 16 // q.element_size()
     unit = 1 if any(stride % wide_load for stride in strides) else wide_load

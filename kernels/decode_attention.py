@@ -149,7 +149,10 @@ def _split_kernel(
         shrink = tl.exp2(largest - finite)
         p = tl.exp2(scores - finite[:, None])
         sums = sums * shrink[:, None] + p
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        if v.dtype == tl.float32:  # one chain of products over all keys would err more than sums by tiles do
+            acc = tl.fma(acc, tl.broadcast_to(shrink[:, None], acc.shape), tl.dot(p, v, input_precision="ieee"))
+        else:
+            acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
         largest = new
 
     total = tl.sum(sums, 1)

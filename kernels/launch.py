@@ -52,6 +52,16 @@ def obstacle(device: torch.device) -> str | None:
     return None
 
 
+def computes_bfloat16() -> bool:
+    """Whether kernels get bfloat16 right: Triton's interpreter does only where its arithmetic was mended, as the tests
+    do (tests/interpreter.py)."""
+    if not INTERPRETED:
+        return True
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    return bool(getattr(InterpreterBuilder, "computes_bfloat16", False))
+
+
 def require(x: Tensor, *others: Tensor | None, dtypes: tuple[torch.dtype, ...] | None = None) -> None:
     """Raises what a caller's mistake deserves: kernels that cannot run here, a wrong dtype, tensors apart, a gradient
     that would be lost.
@@ -103,8 +113,10 @@ def register(
     name = schema.partition("(")[0]
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        tensor = next(arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor))
-        return (launcher if obstacle(tensor.device) is None else reference)(*args, **kwargs)
+        tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
+        if "!" in schema and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            raise RuntimeError(f"torch.ops.tritium.{name} has no gradient: call it under torch.no_grad()")
+        return (launcher if obstacle(tensors[0].device) is None else reference)(*args, **kwargs)
 
     _LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
     for key in ("CPU", "CUDA"):

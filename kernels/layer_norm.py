@@ -23,7 +23,7 @@ def layer_norm_reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, 
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _layer_norm_kernel(
     x_ptr,  # [T, N], rows `stride_x` apart
     weight_ptr,  # [N]
@@ -44,7 +44,8 @@ def _layer_norm_kernel(
     mask = (o_r < num_rows) & m_n
     x = tl.load(x_ptr + o_r * stride_x + o_n, mask=mask, other=0.0)
     wide = x.to(tl.float32)
-    mean = tl.sum(wide, axis=1, keep_dims=True) / N
+    mean = tl.sum(wide, axis=1, keep_dims=True)
+    mean = tl.div_rn(mean, tl.full(mean.shape, N, tl.float32))  # `/ N` becomes a product with 1 / N, fused below
     # Columns beyond N were read as 0, which is -mean from the mean: they must not count.
     centred = tl.where(m_n, wide - mean, 0.0)
     variance = tl.sum(centred * centred, axis=1, keep_dims=True) / N

@@ -66,7 +66,7 @@ def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor | None, e
     return rms_norm_reference(stream, weight, eps), stream
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rms_norm_kernel(
     x_ptr,  # [T, N], rows `stride_x` apart
     weight_ptr,  # [N]
@@ -119,6 +119,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float)
 
 def _run(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     require(x, residual, weight)
+    if x.dim() == 0:
+        raise ValueError("x must be [..., N], got a tensor without dimensions")
     width = x.shape[-1]
     if weight is not None and (weight.shape != (width,) or weight.dtype != x.dtype):
         raise ValueError(f"weight must be [{width}] {x.dtype} like x, got {list(weight.shape)} {weight.dtype}")
@@ -136,7 +138,7 @@ def _run(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float) 
         _rms_norm_kernel,
         (triton.cdiv(flat.shape[0], options["ROWS"]),),
         flat,
-        weight if weight is not None else flat,
+        weight.contiguous() if weight is not None else flat,
         residual if residual is not None else flat,
         stream,
         y,

@@ -158,7 +158,10 @@ def _best_kernel(
     tl.atomic_max(work_ptr + row * stride_w, tl.max(tl.where(o_v < V, packed, 0), axis=0), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["slot", "source", "ended", "shift", "top_k"])
+@triton.jit(
+    do_not_specialize=["slot", "source", "ended", "shift", "top_k", "stride_u"],
+    do_not_specialize_on_alignment=["uniform_ptr"],  # a column of all steps' numbers: aligned at every fourth step
+)
 def _sums_kernel(
     logits_ptr,  # [R, V], rows `stride_x` apart
     work_ptr,  # [R, `stride_w`]: the slots of the passes
@@ -299,6 +302,8 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform
         raise ValueError(f"temperature must be 0 or more, got {temperature}")
     if temperature > 0 and uniform is None:
         raise ValueError("sampling at a temperature above 0 needs one uniform number a row")
+    if top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"top_k must be 0 or more and top_p above 0 and at most 1, got {top_k} and {top_p}")
     if uniform is not None and (uniform.shape != (rows,) or uniform.dtype != torch.float32):
         raise ValueError(f"uniform must be [{rows}] torch.float32, got {list(uniform.shape)} {uniform.dtype}")
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)

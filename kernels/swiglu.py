@@ -18,6 +18,8 @@ WIDEST = 65535 * 256  # columns of y: blocks of the grid's second axis, at the s
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:
     """The definition, in gate_up's dtype."""
+    if gate_up.shape[-1] % 2:
+        raise ValueError(f"gate_up must be [..., 2F], gate and up of one width, got {list(gate_up.shape)}")
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..kernels.launch import INTERPRETED, obstacle
+from ..kernels.launch import INTERPRETED, computes_bfloat16, obstacle
 from .errors import TritiumError, nearest
 from .kernel_set import REFERENCE, KernelSet
 from .triton_path import Modes, compose
@@ -34,7 +34,11 @@ class Backend:
     def __post_init__(self) -> None:
         """Raises TritiumError for an unknown name, and for `triton` where nothing here could run it."""
         if self.name not in NAMES:
-            raise TritiumError(f"backend: unknown {self.name!r}; {nearest(self.name, NAMES)}")
+            raise TritiumError(f"backend: unknown {self.name!r}; {nearest(str(self.name), NAMES)}")
+        if self.name == "torch" and self.modes.sampler_equals_trainer:
+            raise TritiumError(
+                "sampler_equals_trainer: a promise of the Triton path, which backend 'torch' cannot keep"
+            )
         if self.name == "triton" and (why := obstacle(torch.device("cpu" if INTERPRETED else "cuda"))) is not None:
             raise _cannot(why)
 
@@ -59,6 +63,8 @@ class Backend:
 def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in DTYPES:
         return f"its kernels take {', '.join(map(str, DTYPES))}, not {dtype}"
+    if dtype == torch.bfloat16 and not computes_bfloat16():
+        return "Triton's interpreter computes bfloat16 wrongly: take float32 or float16"
     return obstacle(device)
 
 

@@ -1,26 +1,21 @@
 """The command line: `tritium generate`, `chat`, `verify`, `models`, `tune`."""
 
 import argparse
+import importlib.util
 import io
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any
 
-from .errors import TritiumError
+from .errors import Parser, TritiumError
 
 VERIFY_IDS = 48  # tokens, where a checkpoint has no tokenizer
 VERIFY_PROMPT = (
     "The numbers of a fast path must be those of a slow one. Here both read the same sentence, word by word, layer by "
     "layer, and whoever differs is named."
 )
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 def _parser() -> Parser:
@@ -190,20 +185,32 @@ def _chat(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    # Wrong options must not cost the loading of a model, and no plot the verification before it.
+    if options.max_new_tokens < 1:
+        raise TritiumError(f"--max-new-tokens: must be 1 or more, got {options.max_new_tokens}")
+    if options.backend == "torch":
+        raise TritiumError("--backend torch: verify compares both paths; leave --backend out")
+    if options.plot is not None:
+        path = Path(options.plot)
+        if path.suffix != ".png" or path.is_dir() or not path.parent.is_dir():
+            raise TritiumError(f"--plot: {path}: give a .png file in a folder that exists")
+        if importlib.util.find_spec("matplotlib") is None:
+            raise TritiumError("--plot needs matplotlib: pip install matplotlib")
+    from .backend import Backend
+
+    Backend("triton")
     model, tokenizer = _load(options)
     from .verify import plot, table, verify
 
-    if options.max_new_tokens < 1:
-        raise TritiumError(f"--max-new-tokens: must be 1 or more, got {options.max_new_tokens}")
     if tokenizer is None:  # any ids do
         size = model.config.vocab_size
         tokens = [(7 * index * index + 3) % size for index in range(min(VERIFY_IDS, model.config.context_length // 2))]
     else:
         tokens = tokenizer.encode(options.prompt)
     report = verify(model, tokens, options.max_new_tokens)
+    print(table(report))
     if options.plot is not None:
         plot(report, options.plot)
-    print(table(report))
     return int(bool(report.problems))
 
 

@@ -1,8 +1,10 @@
-"""The error a person can act on."""
+"""The error a person can act on, and the command line that says it."""
 
+import argparse
 import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 
 class TritiumError(ValueError):
@@ -10,6 +12,13 @@ class TritiumError(ValueError):
 
     The command line prints the message and exits with code 2.
     """
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Modes:
-    """What is promised of bits (design: determinism). Same inputs give the same bits in every mode.
+    """What is promised of bits. Same inputs give the same bits in every mode.
 
     batch_invariant: a sequence's bits do not depend on what else is in the batch. Without it, the linear layers are the
     vendor's, which choose another order of summation for another batch.
-    sampler_equals_trainer: besides, a token decoded is the token prefilled, to the bit: decode attention then runs as a
-    prefill of one query, in its order.
+    sampler_equals_trainer: besides (it implies the former), a token decoded is the token prefilled, to the bit: decode
+    attention then runs as a prefill of one query, in its order.
     """
 
     batch_invariant: bool = True

@@ -293,4 +293,4 @@ def plot(report: Report, path: str | Path) -> None:
         axes.plot(range(len(values)), values, marker=".", label=name)
     axes.set(xlabel="layer", ylabel="rms error of the stream / its rms", yscale="log", title="Error by depth")
     axes.legend()
-    figure.savefig(path)
+    figure.savefig(path, format="png")

@@ -13,6 +13,7 @@ if not torch.cuda.is_available():  # before anything imports Triton: kernels are
     interpreter.install()
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what poisoned memory asks of the vendor's matmuls
 # Tiny models gain nothing from threads, and lose much to them when several tests or programs share the cores.
 torch.set_num_threads(1)
 
@@ -41,3 +42,4 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before)
+    torch.cuda.empty_cache()  # several processes may test on one GPU

@@ -29,9 +29,9 @@ def narrow(values: np.ndarray) -> np.ndarray:
 def install() -> None:
     """Replaces the interpreter's arithmetic, once."""
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
-    if getattr(builder, "_computes_like_a_gpu", False):
+    if getattr(builder, "computes_bfloat16", False):
         return
-    builder._computes_like_a_gpu = True
+    builder.computes_bfloat16 = True
     original = {name: getattr(builder, name) for name in ("cast_impl", "binary_op", "unary_op", "ternary_op")}
 
     def wide(value: Any) -> Any:

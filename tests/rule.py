@@ -27,9 +27,9 @@ def assert_rule(got: Tensor, reference: Tensor, truth: Tensor, what: str = "") -
 
 
 def draw(*shape: int, dtype: torch.dtype, seed: int = 0, scale: float = 1.0) -> Tensor:
-    """Normal numbers, the same on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(shape, generator=generator) * scale).to(dtype).to(DEVICE)
+    """Normal numbers, the same at every call on one kind of device."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return (torch.randn(shape, generator=generator, device=DEVICE) * scale).to(dtype)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

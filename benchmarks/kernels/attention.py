@@ -126,10 +126,10 @@ def chunk(name: str, heads: int, kv_heads: int, head_dim: int, queries: int, len
 
 
 def _whole(args: Sequence[Any], length: int, scale: float) -> Tensor:
-    from tritium.kernels.attention import paged_attention_reference
+    from tritium.kernels.attention import sdpa_paged_attention
 
     q, k_cache, v_cache, table = args[:4]
-    return paged_attention_reference(q, k_cache, v_cache, table, [0, len(q)], [length], scale)
+    return sdpa_paged_attention(q, k_cache, v_cache, table, [0, len(q)], [length], scale)
 
 
 def _of(model: str) -> tuple[str, int, int, int]:

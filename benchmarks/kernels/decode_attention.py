@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tritium.kernels.attention import sdpa_paged_attention
 from tritium.kernels.decode_attention import decode_attention_reference
 
 from ..case import Call, Case, Draw, call, launcher
@@ -36,6 +37,9 @@ def decode(name: str, heads: int, kv_heads: int, head_dim: int, rows: int, lengt
     def definition(q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
         return decode_attention_reference(q, k_cache, v_cache, table, [length] * rows, scale)
 
+    def fused(q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
+        return sdpa_paged_attention(q, k_cache, v_cache, table, range(rows + 1), [length] * rows, scale)
+
     def dense(q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
         """q [R, Hq, 1, D], k and v [R, Hk, L, D]."""
 
@@ -61,7 +65,7 @@ def decode(name: str, heads: int, kv_heads: int, head_dim: int, rows: int, lengt
         writes=rows * heads * head_dim * ITEM,
         flop=4 * rows * heads * head_dim * length,
         peers={
-            "torch": call(definition),
+            "torch": call(fused),
             "FlashAttention-2 (SDPA)": sdpa("FLASH_ATTENTION", dense, False, scale),  # type: ignore[arg-type]
             "cuDNN": sdpa("CUDNN_ATTENTION", dense, False, scale),  # type: ignore[arg-type]
             "flashinfer": flashinfer(bind),

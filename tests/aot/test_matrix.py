@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from .matrix import Case, failures_of
+
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 OLDER = ROOT / ".venv" / "triton-3.6.0"  # `make test` puts it there
@@ -46,6 +48,27 @@ def test_a_row_that_spills_is_caught(arch: str, override: str, tmp_path: Path) -
     options = ("--kernel", "rms_norm", "--only", "4096 bfloat16", "--override", override)
     report = compiled(arch, "3.7.1", tmp_path, *options)
     assert [line for line in report["failures"] if "4096 bfloat16" in line and "spills" in line]
+
+
+RIGHT = {"registers": 32, "stack": 0, "shared": 0, "wgmma": True, "wide": True, "tf32": False, "stores": True}
+
+
+@pytest.mark.parametrize(
+    ("change", "float32", "message"),
+    [
+        ({"stack": 8}, False, "spills 8 bytes"),
+        ({"shared": 232_449}, False, "bytes of shared memory"),
+        ({"wgmma": False}, False, "has no wgmma"),
+        ({"wide": False}, False, "has no 128-bit loads"),
+        ({"tf32": True}, True, "uses tf32"),
+        ({"stores": False}, False, "stores nothing"),
+    ],
+)
+def test_every_budget_can_fail(change: dict[str, Any], float32: bool, message: str) -> None:
+    case = Case("any", lambda: None, wgmma=True, wide=True)
+    assert failures_of(case, "sm_90", RIGHT, float32) == []
+    (found,) = failures_of(case, "sm_90", {**RIGHT, **change}, float32)
+    assert message in found
 
 
 def test_a_row_that_no_case_takes_is_caught(tmp_path: Path) -> None:

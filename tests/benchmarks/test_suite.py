@@ -118,7 +118,7 @@ def test_a_disturbed_kernel_gets_no_figure(
 
 @pytest.mark.usefixtures("here")
 def test_the_time_limit_ends_a_run_cleanly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    code, found = run(monkeypatch, tmp_path / "cpu.json", "rms_norm", "--minutes", "0")
+    code, found = run(monkeypatch, tmp_path / "cpu.json", "rms_norm", "--minutes", "0.0001")
     assert (code, ASKED, found["rows"]) == (0, [], {})
 
 

@@ -294,6 +294,52 @@ def test_heads_beyond_int32_offsets() -> None:
     assert same_bits(attention(q, flat, flat, *args), expected)
 
 
+@pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "by pointers"])
+def test_pages_beyond_int32_offsets(shift: int) -> None:
+    """The last pages of a pool of more than 2^31 elements."""
+    pages = 2**31 // (PAGE * 16) + 3
+    torch.use_deterministic_algorithms(False)
+    storage = torch.empty(pages * PAGE * 16 + shift, dtype=torch.float16, device=DEVICE)
+    cache = storage[shift:].view(1, pages, PAGE, 16)
+    near, q = draw(1, 2, PAGE, 16, dtype=torch.float16), draw(5, 2, 16, dtype=torch.float16, seed=1)
+    cache[:, -2:] = near
+    rest = (ints([0, 5]), ints([PAGE + 44]), 0.25)
+    got = paged_attention(q, cache, cache, ints([[pages - 1, pages - 2]]), *rest)
+    assert same_bits(got, paged_attention(q, near, near, ints([[1, 0]]), *rest))
+
+
+@pytest.mark.parametrize("part", ["q", "k"])
+def test_tokens_beyond_int32_offsets(part: str) -> None:
+    """Tokens whose last is more than 2^31 elements from the first, though one stride is not, and counts elements."""
+    apart = 2**30 + 2**20 + 1
+    torch.use_deterministic_algorithms(False)
+    far = torch.empty(2 * apart + 64, dtype=torch.float16, device=DEVICE).as_strided((3, 4, 16), (apart, 16, 1))
+    far.copy_(draw(3, 4, 16, dtype=torch.float16))
+    near, starts = far.contiguous(), ints([0, 3])
+    q, kv = (far, near) if part == "q" else (near, far)
+    expected = attention(near[:, :2], near[:, 2:3], near[:, 3:], starts, 0.25)
+    assert same_bits(attention(q[:, :2], kv[:, 2:3], kv[:, 3:], starts, 0.25), expected)
+
+
+def test_strided_integers() -> None:
+    """Starts, lengths and tables that are views: read as if they were dense, they would be others."""
+    q, k_cache, v_cache = (
+        draw(*shape, dtype=torch.float32) for shape in ((5, 2, 16), (1, 4, PAGE, 16), (1, 4, PAGE, 16))
+    )
+    table, starts, lengths = ints([[3, 1], [0, 2]]), ints([0, 2, 5]), ints([PAGE + 3, 7])
+    expected = paged_attention(q, k_cache, v_cache, table, starts, lengths, 0.25)
+
+    def strided(x: torch.Tensor) -> torch.Tensor:
+        return torch.stack((x, torch.full_like(x, 9)), -1)[..., 0]
+
+    views = (strided(table), strided(starts), strided(lengths))
+    assert same_bits(paged_attention(q, k_cache, v_cache, *views, 0.25), expected)
+    with pytest.raises(ValueError, match=r"starts must be \[rows \+ 1\] int32 from 0 to 5, got \[1\]"):
+        attention(q, q[:, :1], q[:, :1], ints([0]), 0.25)
+    with pytest.raises(ValueError, match="hold no page"):
+        paged_attention(q, k_cache, v_cache, table[:, :0], starts, lengths, 0.25)
+
+
 def test_references_take_tensors() -> None:
     """The definitions have the launchers' signatures."""
     q, k, v = inputs(9, 2, 1, 16, torch.float32)

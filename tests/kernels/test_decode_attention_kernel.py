@@ -263,6 +263,17 @@ def test_empty() -> None:
         assert batch.run(longest=longest).eq(0).all()
 
 
+def test_queries_beyond_int32_offsets() -> None:
+    """Rows whose last is more than 2^31 elements from the first, though one stride is not."""
+    apart, batch = 2**30 + 2**20, Batch([PAGE + 5, 3, 7], 2, 16, dtype=torch.float16)
+    expected = batch.run()
+    torch.use_deterministic_algorithms(False)
+    far = torch.empty(2 * apart + 64, dtype=torch.float16, device=DEVICE).as_strided(batch.q.shape, (apart, 16, 1))
+    far.copy_(batch.q)
+    batch.q = far
+    assert same_bits(batch.run(), expected)
+
+
 @pytest.mark.parametrize("far", ["head", "page"])
 def test_beyond_int32_offsets(far: str) -> None:
     """A head or page that begins past 2^31 elements, by strides below that: an int32 offset would read elsewhere."""

@@ -308,23 +308,22 @@ def _untouched(count: int) -> Tensor:
 
 
 def test_rows_beyond_int32_offsets() -> None:
-    """Rows of x, of a weight (its up rows too) and of a residual more than 2^31 elements apart."""
-    apart = 2**31 + 2**20
-    x, weight, residual = (draw(2, 32, dtype=torch.float16, seed=seed) for seed in range(3))
-    storage = _untouched(apart + 64)
-    far = storage.as_strided((2, 32), (apart, 1))
-    expected = (
-        linear(x, weight),
-        linear_swiglu(x, weight),
-        linear_residual(x, draw(32, 32, dtype=torch.float16), None, residual),
-    )
+    """Rows of x, of a weight (its up rows too) and of a residual, the last more than 2^31 elements from the first
+    though one stride is not: with a larger one, even an int32 index would give a 64-bit product."""
+    apart = 2**30 + 2**20
+    x, weight, residual = (draw(3, 32, dtype=torch.float16, seed=seed) for seed in range(3))
+    square, gated = draw(32, 32, dtype=torch.float16, seed=4), draw(6, 32, dtype=torch.float16, seed=5)
+    storage = _untouched(5 * apart + 64)
+    far, six = storage.as_strided((3, 32), (apart, 1)), storage.as_strided((6, 32), (apart, 1))
+    expected = linear(x, weight), linear_swiglu(x, gated), linear_residual(x, square, None, residual)
     far.copy_(x)
     assert same_bits(linear(far, weight), expected[0])
     far.copy_(weight)
     assert same_bits(linear(x, far), expected[0])
-    assert same_bits(linear_swiglu(x, far), expected[1])
+    six.copy_(gated)
+    assert same_bits(linear_swiglu(x, six), expected[1])
     far.copy_(residual)
-    assert same_bits(linear_residual(x, draw(32, 32, dtype=torch.float16), None, far), expected[2])
+    assert same_bits(linear_residual(x, square, None, far), expected[2])
 
 
 @needs_gpu

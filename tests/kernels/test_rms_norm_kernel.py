@@ -95,6 +95,9 @@ def test_views_and_empty_input() -> None:
     turned = draw(80, 6, dtype=torch.float32).t()
     assert same_bits(rms_norm(turned, weight, EPS), rms_norm(turned.contiguous(), weight, EPS))
     assert rms_norm(storage[:0], None, EPS).shape == (0, 4, 160)
+    every_other = draw(160, dtype=torch.float32, seed=1)[::2]
+    x = storage[:, 1, :80]
+    assert same_bits(rms_norm(x, every_other, EPS), rms_norm(x, every_other.contiguous(), EPS))
 
 
 def test_rows_beyond_int32_offsets() -> None:
@@ -119,6 +122,8 @@ def test_refuses_what_does_not_fit() -> None:
         rms_norm(x.double(), None, EPS)
     with pytest.raises(ValueError, match=r"weight must be \[64\] torch.float32"):
         rms_norm(x, x[0, :32], EPS)
+    with pytest.raises(ValueError, match="without dimensions"):
+        rms_norm(x[0, 0], None, EPS)
     with pytest.raises(ValueError, match="residual must be like x"):
         add_rms_norm(x, x[:1], None, EPS)
     with pytest.raises(ValueError, match="wider than 65536"):

@@ -294,13 +294,21 @@ def test_views_and_empty_input(small: dict[str, int]) -> None:
 
 
 def test_rows_beyond_int32_offsets(small: dict[str, int]) -> None:
-    """Two rows of a tensor that are more than 2^31 elements apart: an int32 offset would read elsewhere."""
-    apart = 2**31 + 2**20
+    """Rows whose last is more than 2^31 elements from the first, though one stride is not: int32 would wrap."""
+    apart = 2**30 + 2**20
     torch.use_deterministic_algorithms(False)  # host memory of which only the pages that are written are ever there
-    storage = torch.empty(apart + 100, dtype=torch.float16, device=DEVICE)
-    logits = storage.as_strided((2, 100), (apart, 1))
-    logits.copy_(draw(2, 100, dtype=torch.float16, scale=2.0))
-    check(logits, 1.0, 9, 0.9, uniforms(4)[2:])
+    storage = torch.empty(2 * apart + 100, dtype=torch.float16, device=DEVICE)
+    logits = storage.as_strided((3, 100), (apart, 1))
+    logits.copy_(draw(3, 100, dtype=torch.float16, scale=2.0))
+    numbers = torch.tensor([0.1, 0.5, 0.9], device=DEVICE)
+    for args in ((1.0, 9, 0.9, numbers), (0.0, 0, 1.0, None)):
+        assert same_bits(sample(logits, *args), sample(logits.contiguous(), *args))
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(-3, 1.0), (0, 0.0), (0, -1.0), (0, 1.5), (0, float("nan"))])
+def test_refuses_settings_without_meaning(top_k: int, top_p: float) -> None:
+    with pytest.raises(ValueError, match="top_k must be 0 or more and top_p above 0 and at most 1"):
+        sample(draw(2, 5, dtype=torch.float32), 1.0, top_k, top_p, torch.rand(2, device=DEVICE))
 
 
 def test_the_number_of_launches(monkeypatch: pytest.MonkeyPatch) -> None:

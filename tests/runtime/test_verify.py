@@ -32,8 +32,11 @@ def model_of(checkpoint: Path, dtype: str = "float32") -> tritium.Decoder:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_passes_on_right_kernels(checkpoint: Path, dtype: str) -> None:
     """Every operation of every layer is in the report, none of them idle."""
-    report = verify.verify(model_of(checkpoint, dtype), oracle.tokens(1, 9)[0].tolist(), 4)
+    model = model_of(checkpoint, dtype)
+    before = model.backend
+    report = verify.verify(model, oracle.tokens(1, 9)[0].tolist(), 4)
     assert report.problems == []
+    assert model.backend is before
     named = {row.operation.partition(" ")[0] for row in report.rows}
     assert named == set(OPERATIONS) - {"layer_norm"}  # no family has it yet
     assert {row.layer for row in report.rows} == {None, 0, 1}
@@ -131,6 +134,20 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     monkeypatch.setattr(verify, "KERNELS", spoiled)
     assert cli.main(arguments) == 1
     assert "layer 0, linear: " in capsys.readouterr().out
+
+
+def test_the_distance_of_a_draw() -> None:
+    """What of a drawn token is wrong: how far its number lies outside its interval, or that it may not be drawn."""
+    logits = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64).log().expand(5, 3)
+    uniform, tokens = torch.tensor([0.1, 0.6, 0.9, 0.1, 0.9]), torch.tensor([0, 1, 2, 1, 0])
+    never = float("inf")
+    for top_k, top_p, expected in (
+        (0, 1.0, [0, 0, 0, 0.4, 0.4]),
+        (2, 1.0, [0, 0.025, never, 0.525, 0.275]),
+        (0, 0.4, [0, never, never, never, 0]),
+    ):
+        got = verify._distance(logits, 1.0, top_k, top_p, uniform, tokens)
+        assert got.tolist() == pytest.approx(expected, abs=1e-6), (top_k, top_p)
 
 
 def test_the_rule() -> None:
