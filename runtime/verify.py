@@ -90,9 +90,7 @@ class _Comparison:
         wrong = broken(found, allowed, truth)
         if mine.dtype != plain.dtype:
             wrong = f"gives {mine.dtype}, not {plain.dtype}"
-        label = (
-            name + {"qk_norm_rope": (" q", " k", " v"), "qk_norm_rope_cache": (" q", " k", " v")}.get(name, ("",))[part]
-        )
+        label = f"{name} {'qkv'[part]}" if name.startswith("qk_norm_rope") else name
         before = self.rows.get((self.layer, label))
         if before is None:
             self.rows[self.layer, label] = before = Row(self.layer, label, found, allowed, None)
