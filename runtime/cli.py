@@ -196,9 +196,13 @@ def _verify(options: argparse.Namespace) -> int:
             raise TritiumError(f"--plot: {path}: give a .png file in a folder that exists")
         if importlib.util.find_spec("matplotlib") is None:
             raise TritiumError("--plot needs matplotlib: pip install matplotlib")
-    from .backend import Backend
+    import torch
 
-    Backend("triton")
+    from ..kernels.launch import INTERPRETED, obstacle
+
+    if (why := obstacle(torch.device("cpu" if INTERPRETED else "cuda"))) is not None:
+        how = "with TRITON_INTERPRET=1 in the environment the kernels run on the CPU, slowly"
+        raise TritiumError(f"verify cannot run here: {why}; {how}")
     model, tokenizer = _load(options)
     from .verify import plot, table, verify
 

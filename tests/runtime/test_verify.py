@@ -136,6 +136,31 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert "layer 0, linear: " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--backend", "torch"], "--backend torch: verify compares both paths; leave --backend out"),
+        (["--max-new-tokens", "0"], "--max-new-tokens: must be 1 or more, got 0"),
+        (["--plot", "/nowhere/depth.png"], "--plot: /nowhere/depth.png: give a .png file in a folder that exists"),
+        (["--plot", "depth.pdf"], "--plot: depth.pdf: give a .png file"),
+        (["--plot", "."], "--plot: .: give a .png file"),
+        ([], "verify cannot run here: it needs a GPU that Triton drives, and torch sees none; with TRITON_INTERPRET=1"),
+    ],
+    ids=lambda part: " ".join(part)[:30] if isinstance(part, list) else "",
+)
+def test_mistakes_are_said_before_anything_is_loaded(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, options: list[str], said: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("tritium.kernels.launch.INTERPRETED", False)
+    monkeypatch.setattr(cli, "_load", lambda options: pytest.fail("loaded"))
+    assert cli.main(["verify", *options]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert said in err
+
+
 def test_the_distance_of_a_draw() -> None:
     """What of a drawn token is wrong: how far its number lies outside its interval, or that it may not be drawn."""
     logits = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64).log().expand(5, 3)
