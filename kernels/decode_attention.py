@@ -229,8 +229,8 @@ def decode_attention(
     """The kernels: [R, Hq, D], contiguous. float32, bfloat16 or float16; `page_table` and `lengths` are int32.
 
     `longest` bounds the lengths (by default, as many keys as the table has room for) and with them the grid; results do
-    not depend on it. A row that is longer than that becomes NaN. Raises RuntimeError where no kernel can run, TypeError
-    and ValueError for what does not fit.
+    not depend on it. A row whose visible keys lie on more pages than that becomes NaN. Raises RuntimeError where no
+    kernel can run, TypeError and ValueError for what does not fit.
     """
     _check(q, k_cache, v_cache, page_table, lengths, window)
     (rows, num_heads, head_dim), (num_kv_heads, pages, page_size, _) = q.shape, k_cache.shape

@@ -4,6 +4,7 @@ Not an operation. Kernel files take `triton` and `tl` from here, so that their d
 without Triton (macOS, Windows).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,7 @@ INTERPRETED = INSTALLED and bool(triton.knobs.runtime.interpret)
 """Kernels run on the CPU, an array operation at a time: TRITON_INTERPRET=1 was set before Triton was imported."""
 
 OLDEST_CAPABILITY = (8, 0)  # bfloat16 matrix instructions and asynchronous copies
+LEAST_SHARED = 166_912  # bytes that a program may have: an A100's. RTX cards, A10 and L4 give 101,376.
 
 
 def obstacle(device: torch.device) -> str | None:
@@ -42,13 +44,24 @@ def obstacle(device: torch.device) -> str | None:
         return "the package triton is not installed"
     if INTERPRETED:
         return None if device.type == "cpu" else "the interpreter is on, which computes on the CPU"
-    if not torch.cuda.is_available():
-        return "it needs a GPU that Triton drives, and torch sees none"
-    if device.type != "cuda":
-        return f"the tensors are on {device}, and Triton drives the GPU"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
-        major, minor = torch.cuda.get_device_capability(device)
+    if device.type != "cuda" or device.index is None:
+        if not torch.cuda.is_available():
+            return "it needs a GPU that Triton drives, and torch sees none"
+        if device.type != "cuda":
+            return f"the tensors are on {device}, and Triton drives the GPU"
+    return _gpu_obstacle(device)
+
+
+@functools.cache
+def _gpu_obstacle(device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < OLDEST_CAPABILITY:
         return f"the GPU has compute capability {major}.{minor}, and the kernels need 8.0 or newer"
+    shared = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
+    if shared < LEAST_SHARED:
+        return f"the GPU gives a program {shared} bytes of shared memory, and the kernels need {LEAST_SHARED}"
     return None
 
 
@@ -73,6 +86,8 @@ def require(x: Tensor, *others: Tensor | None, dtypes: tuple[torch.dtype, ...] |
     dtypes = dtypes or (torch.float32, torch.bfloat16, torch.float16)
     if x.dtype not in dtypes:
         raise TypeError(f"a kernel takes {', '.join(map(str, dtypes))}, got {x.dtype}")
+    if x.dtype == torch.bfloat16 and not x.is_meta and not computes_bfloat16():
+        raise RuntimeError("Triton's interpreter computes bfloat16 wrongly: take float32 or float16")
     for other in others:
         if other is not None and other.device != x.device:
             raise ValueError(f"tensors lie on {x.device} and {other.device}: they must be on one device")
@@ -116,7 +131,10 @@ def register(
         tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
         if "!" in schema and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             raise RuntimeError(f"torch.ops.tritium.{name} has no gradient: call it under torch.no_grad()")
-        return (launcher if obstacle(tensors[0].device) is None else reference)(*args, **kwargs)
+        able = obstacle(tensors[0].device) is None
+        if tensors[0].dtype == torch.bfloat16:
+            able = able and computes_bfloat16()
+        return (launcher if able else reference)(*args, **kwargs)
 
     _LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
     for key in ("CPU", "CUDA"):
@@ -145,6 +163,8 @@ def _backward_of(reference: Callable[..., Any]) -> Callable[..., Any]:
             found = reference(*inputs)
         pairs = zip(found if isinstance(found, tuple) else (found,), gradients, strict=True)
         used = [(out, gradient) for out, gradient in pairs if gradient is not None and out.requires_grad]
+        if not used:  # nothing that was computed depends on an input
+            return (None,) * len(inputs)
         outputs, given = zip(*used, strict=True)
         computed = torch.autograd.grad(outputs, [inputs[index] for index in wanted], given, allow_unused=True)
         result: list[Tensor | None] = [None] * len(inputs)

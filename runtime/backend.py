@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..kernels.decode_attention import WIDEST_GROUP, WIDEST_HEAD
 from ..kernels.launch import INTERPRETED, computes_bfloat16, obstacle
 from .errors import TritiumError, nearest
 from .kernel_set import REFERENCE, KernelSet
+from .spec import ModelSpec
 from .triton_path import Modes, compose
 
 NAMES = ("auto", "triton", "torch")
@@ -35,10 +37,8 @@ class Backend:
         """Raises TritiumError for an unknown name, and for `triton` where nothing here could run it."""
         if self.name not in NAMES:
             raise TritiumError(f"backend: unknown {self.name!r}; {nearest(str(self.name), NAMES)}")
-        if self.name == "torch" and self.modes.sampler_equals_trainer:
-            raise TritiumError(
-                "sampler_equals_trainer: a promise of the Triton path, which backend 'torch' cannot keep"
-            )
+        if self.name != "triton" and self.modes.sampler_equals_trainer:
+            raise TritiumError(f"sampler_equals_trainer: backend {self.name!r} cannot promise it; use 'triton'")
         if self.name == "triton" and (why := obstacle(torch.device("cpu" if INTERPRETED else "cuda"))) is not None:
             raise _cannot(why)
 
@@ -66,6 +66,16 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype == torch.bfloat16 and not computes_bfloat16():
         return "Triton's interpreter computes bfloat16 wrongly: take float32 or float16"
     return obstacle(device)
+
+
+def shape_obstacle(spec: ModelSpec) -> str | None:
+    """What of a model's shape the kernels do not hold, in words; None where they do."""
+    if spec.head_dim > WIDEST_HEAD:
+        return f"its heads are {spec.head_dim} wide, and the kernels hold {WIDEST_HEAD}"
+    if spec.num_heads > WIDEST_GROUP * spec.num_kv_heads:
+        group = spec.num_heads // spec.num_kv_heads
+        return f"{group} query heads share a key/value head, and the kernels hold {WIDEST_GROUP}"
+    return None
 
 
 def _cannot(why: str) -> TritiumError:

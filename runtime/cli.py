@@ -198,11 +198,12 @@ def _verify(options: argparse.Namespace) -> int:
             raise TritiumError("--plot needs matplotlib: pip install matplotlib")
     import torch
 
-    from ..kernels.launch import INTERPRETED, obstacle
+    from ..kernels.launch import INSTALLED, INTERPRETED, obstacle
 
-    if (why := obstacle(torch.device("cpu" if INTERPRETED else "cuda"))) is not None:
-        how = "with TRITON_INTERPRET=1 in the environment the kernels run on the CPU, slowly"
-        raise TritiumError(f"verify cannot run here: {why}; {how}")
+    device = "cpu" if INTERPRETED or str(options.device).startswith("cpu") else "cuda"
+    if (why := obstacle(torch.device(device))) is not None:
+        how = "; with TRITON_INTERPRET=1 in the environment and --device cpu the kernels run on the CPU, slowly"
+        raise TritiumError(f"verify cannot run here: {why}{how if INSTALLED else ''}")
     model, tokenizer = _load(options)
     from .verify import plot, table, verify
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.cross_entropy import IGNORE_INDEX, cross_entropy_reference
-from .backend import Backend
+from .backend import Backend, shape_obstacle
 from .batch import Batch, Padding
 from .errors import TritiumError
 from .generation import SamplingOptions, generate_padded
-from .kernel_set import KernelSet
+from .kernel_set import REFERENCE, KernelSet
 from .layers import TransformerDecoder, as_spec
 from .plan import Dense, Plan
 from .triton_path import Modes
@@ -52,7 +52,14 @@ class Decoder(nn.Module):
 
     @property
     def kernels(self) -> KernelSet:
-        """The kernel set that runs this model now: it depends on where the weights are, and on gradients."""
+        """The kernel set that runs this model now: it depends on where the weights are, and on gradients.
+
+        Raises TritiumError where backend `triton` was asked for and cannot run it.
+        """
+        if self.backend.name != "torch" and (why := shape_obstacle(self.config)) is not None:
+            if self.backend.name == "triton":
+                raise TritiumError(f"backend 'triton' cannot run this model: {why}; use backend 'torch' or 'auto'")
+            return REFERENCE
         return self.backend.kernels(self.embedding.weight, self.parameters())
 
     def use_backend(

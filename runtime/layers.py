@@ -16,7 +16,7 @@ from .rope import RotaryEmbedding
 from .spec import ModelSpec
 
 AUTO = Backend()
-"""What a layer used alone runs on."""
+"""What a layer used alone runs on, but for a norm of its own or at its end: those are plain PyTorch."""
 
 
 def as_spec(config: Any) -> ModelSpec:

@@ -1,7 +1,8 @@
 """The phases of kernel_set.py composed of single operations: the Triton path, and whatever else has the operations.
 
 With a cache, new keys and values go there and only there, and attention reads them there: the phases hand on None in
-their place. Nothing here copies from the host or waits for the device.
+their place. Beyond what a batch and a table of angles hand to the device at first use, nothing here copies from the
+host or waits for the device.
 """
 
 from dataclasses import dataclass

@@ -132,12 +132,14 @@ def _distance(logits: Tensor, temperature: float, top_k: int, top_p: float, unif
     before = probabilities.cumsum(-1) - probabilities
     probabilities = probabilities.masked_fill(before >= top_p + 1e-6, 0.0)
     upper = probabilities.cumsum(-1)
-    at = (ids == tokens.unsqueeze(-1)).int().argmax(-1, keepdim=True)
+    match = ids == tokens.unsqueeze(-1)
+    at = match.int().argmax(-1, keepdim=True)
     high, width = upper.gather(-1, at), probabilities.gather(-1, at)
     point = uniform.double().unsqueeze(-1) * upper[:, -1:]
     distance = torch.maximum(high - width - point, point - high).clamp(min=0)
     distance = distance.masked_fill((distance < 1e-5) & (width > 0), 0.0)
-    return distance.masked_fill(width <= 0, float("inf")).squeeze(-1)
+    impossible = (width <= 0) | ~match.any(-1, keepdim=True)
+    return distance.masked_fill(impossible, float("inf")).squeeze(-1)
 
 
 def verify(model: Decoder, tokens: Sequence[int], new_tokens: int = 16) -> Report:
@@ -240,8 +242,16 @@ def _greedy(model: Decoder, tokens: list[int], new_tokens: int, report: Report) 
     continued = []
     try:
         for name in ("triton", "torch"):
-            model.backend = Backend(name, backend.modes)
-            continued.append([row[0] for row in generate(model, [tokens], SamplingOptions(new_tokens, temperature=0))])
+            model.backend = Backend(name, backend.modes if name == "triton" else Modes())
+            try:
+                steps = list(generate(model, [tokens], SamplingOptions(new_tokens, temperature=0)))
+            except TritiumError as error:
+                if name == "torch":
+                    raise
+                report.greedy = f"the Triton path cannot continue the prompt: {error}"
+                report.problems.append(report.greedy)
+                return
+            continued.append([row[0] for row in steps])
         same = next((i for i, pair in enumerate(zip(*continued, strict=True)) if pair[0] != pair[1]), None)
         if same is None:
             report.greedy = f"the same {new_tokens} greedy tokens"
@@ -250,7 +260,7 @@ def _greedy(model: Decoder, tokens: list[int], new_tokens: int, report: Report) 
         with torch.inference_mode():
             last = []
             for name in ("triton", "torch"):
-                model.backend = Backend(name, backend.modes)
+                model.backend = Backend(name, backend.modes if name == "triton" else Modes())
                 last.append(model(prefix.to(model.device)).logits[0, -1].double())
     finally:
         model.backend = backend

@@ -26,7 +26,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """
     if torch.cuda.is_available():
         for item in items:
-            if "benchmarks" not in item.path.parts and {"DEVICE", "draw"} & set(dir(getattr(item, "module", None))):
+            folders = item.path.relative_to(config.rootpath).parts
+            if "benchmarks" not in folders and {"DEVICE", "draw"} & set(dir(getattr(item, "module", None))):
                 item.add_marker("gpu")
         return
     kept = [item for item in items if "gpu" not in item.keywords]

@@ -1,12 +1,14 @@
 """The tree's own rules: the mirror of kernels and tests, the floors between packages, no circles, no overlong file."""
 
 import ast
+import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tritium.kernels import tuning
+from tritium.runtime.operations import Operations
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kernels", "runtime", "models", "benchmarks", "tests", "tritium")
@@ -95,8 +97,13 @@ def test_every_kernel_has_a_launcher_and_is_registered(operation: Path) -> None:
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     named = [getattr(call.func, "id", "") for call in calls]
     assert operation.stem.replace("sampling", "sample") in functions
-    assert "register" in named
     assert "launch" in named
+    registered = [call.args[0] for call in calls if getattr(call.func, "id", "") == "register"]
+    texts = [ast.unparse(schema).lstrip("f").strip("\"'").partition("(")[0] for schema in registered]
+    launchers = functions & {entry.name for entry in dataclasses.fields(Operations)}
+    assert len(launchers) > 0
+    assert launchers - set(texts) == set()
+    assert {f"{launcher}_reference" for launcher in launchers - {"qk_norm_rope"}} - functions == set()
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])

@@ -42,7 +42,7 @@ class Case:
     name: str
     call: Callable[[], object]
     wgmma: bool = False  # Hopper's warp-group matrix instruction, where the architecture has it
-    wide: bool = False  # 16 bytes a thread in each load that matters (or asynchronous or bulk copies of them)
+    wide: bool = False  # loads of 16 bytes a thread, asynchronous and bulk copies included: some, not each
     only: tuple[str, ...] = field(default_factory=lambda: tuple(TARGETS))  # architectures it is compiled for
 
 

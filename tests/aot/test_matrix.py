@@ -13,7 +13,7 @@ from .matrix import Case, failures_of
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
-OLDER = ROOT / ".venv" / "triton-3.6.0"  # `make test` puts it there
+OLDER = Path(os.environ.get("VENV", ROOT / ".venv")).resolve() / "triton-3.6.0"  # `make test` puts it there
 VERSIONS = {"3.7.1": None, "3.6.0": OLDER}
 
 

@@ -63,6 +63,12 @@ def test_a_gradient_asked_for_twice_is_the_same() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_an_output_that_depends_on_nothing_has_no_gradient() -> None:
+    q, k = leaf(0, 2, 16), leaf(0, 1, 16)
+    torch.ops.tritium.attention(q, k, k, ints(0), 0.3).sum().backward()
+    assert q.grad is None or not q.grad.numel()
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_launcher_loses_no_gradient(name: str) -> None:
     with pytest.raises(RuntimeError, match="a launcher computes no gradients"):

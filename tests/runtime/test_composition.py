@@ -124,8 +124,26 @@ def test_the_plain_interpreter_is_refused_bfloat16(monkeypatch: pytest.MonkeyPat
 
 
 def test_torch_does_not_promise_what_triton_does() -> None:
-    with pytest.raises(TritiumError, match="sampler_equals_trainer"):
-        small().use_backend("torch", sampler_equals_trainer=True)
+    for name in ("torch", "auto"):
+        with pytest.raises(TritiumError, match=f"sampler_equals_trainer: backend '{name}' cannot promise it"):
+            small().use_backend(name, sampler_equals_trainer=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"head_dim": 288}, "its heads are 288 wide, and the kernels hold 256"),
+        ({"num_heads": 80, "num_kv_heads": 1}, "80 query heads share a key/value head, and the kernels hold 64"),
+    ],
+    ids=["wide", "many"],
+)
+def test_shapes_that_the_kernels_do_not_hold(changes: dict[str, Any], said: str) -> None:
+    """One line for `triton`; `auto` runs them all the same."""
+    model = small(**changes)
+    with torch.no_grad():
+        with pytest.raises(TritiumError, match=f"cannot run this model: {said}"):
+            _ = model.kernels
+        assert model.use_backend("auto").kernels is REFERENCE
 
 
 def test_each_step_draws_its_own_number(monkeypatch: pytest.MonkeyPatch) -> None:

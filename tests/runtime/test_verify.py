@@ -10,6 +10,7 @@ from torch import Tensor
 from tritium.runtime import backend, cli, verify
 from tritium.runtime.accuracy import Errors, broken, errors
 from tritium.runtime.operations import KERNELS, Operations
+from tritium.runtime.triton_path import Modes, compose
 
 import tritium
 from tests import oracle
@@ -101,6 +102,20 @@ def test_a_wrong_cache_write_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert wrong == {"qk_norm_rope_cache k", "qk_norm_rope_cache v"}
 
 
+def test_a_kernel_that_gives_no_numbers_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its NaN ends generation: the report must come all the same, with the kernel in it."""
+    case = CASES[0]
+    model = model_of(oracle.save(case, oracle.build(case), tmp_path / "checkpoint"))
+    broken_set = dataclasses.replace(KERNELS, linear_swiglu=lambda *args: KERNELS.linear_swiglu(*args) * float("nan"))
+    monkeypatch.setattr(verify, "KERNELS", broken_set)
+    wrong = compose("triton", broken_set, Modes())
+    for module in (backend, verify):
+        monkeypatch.setattr(module, "triton_kernels", lambda modes: wrong)
+    report = verify.verify(model, oracle.tokens(1, 9)[0].tolist(), 2)
+    assert report.problems[0].startswith("layer 0, linear_swiglu: largest error inf")
+    assert any("cannot continue the prompt: the logits are not numbers" in problem for problem in report.problems)
+
+
 def test_whole_paths_are_compared_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A path that is wrong only as a whole: its logits and its tokens tell."""
     case = CASES[0]
@@ -173,6 +188,8 @@ def test_the_distance_of_a_draw() -> None:
     ):
         got = verify._distance(logits, 1.0, top_k, top_p, uniform, tokens)
         assert got.tolist() == pytest.approx(expected, abs=1e-6), (top_k, top_p)
+    nowhere = torch.tensor([-1, 3, 0, 0, 0])
+    assert verify._distance(logits, 1.0, 0, 1.0, uniform, nowhere).tolist()[:2] == [never, never]
 
 
 def test_the_rule() -> None:
@@ -180,6 +197,7 @@ def test_the_rule() -> None:
     truth = torch.tensor([1.0, 2.0, float("inf")], dtype=torch.float64)
     assert errors(torch.tensor([1.0, 2.5, float("inf")]), truth) == pytest.approx(Errors(0.5, (0.25 / 3) ** 0.5))
     assert errors(torch.tensor([float("nan"), 2.0, float("inf")]), truth).largest == float("inf")
+    assert errors(torch.tensor([float("inf"), 2.0, float("inf")]), truth).largest == float("inf")
     assert broken(Errors(0.19, 0.11), Errors(0.1, 0.1), truth) is None
     assert broken(Errors(0.21, 0.1), Errors(0.1, 0.1), truth).startswith("largest error 0.21")
     assert broken(Errors(0.1, 0.13), Errors(0.1, 0.1), truth).startswith("rms error 0.13")
