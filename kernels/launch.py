@@ -34,16 +34,21 @@ INSTALLED = not isinstance(triton, _Absent)
 INTERPRETED = INSTALLED and bool(triton.knobs.runtime.interpret)
 """Kernels run on the CPU, an array operation at a time: TRITON_INTERPRET=1 was set before Triton was imported."""
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_CAPABILITY = (8, 0)  # bfloat16 matrix instructions and asynchronous copies
 LEAST_SHARED = 166_912  # bytes that a program may have: an A100's. RTX cards, A10 and L4 give 101,376.
 
 
-def obstacle(device: torch.device) -> str | None:
-    """Why kernels cannot run on tensors of `device`, in words; None where they can."""
+def obstacle(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+    """Why kernels cannot run on tensors of `device` (and `dtype`, one of DTYPES), in words; None where they can."""
     if not INSTALLED:
         return "the package triton is not installed"
     if INTERPRETED:
-        return None if device.type == "cpu" else "the interpreter is on, which computes on the CPU"
+        if device.type != "cpu":
+            return "the interpreter is on, which computes on the CPU"
+        if dtype == torch.bfloat16 and not computes_bfloat16():
+            return "Triton's interpreter computes bfloat16 wrongly: take float32 or float16"
+        return None
     if device.type != "cuda" or device.index is None:
         if not torch.cuda.is_available():
             return "it needs a GPU that Triton drives, and torch sees none"
@@ -66,28 +71,23 @@ def _gpu_obstacle(device: torch.device) -> str | None:
 
 
 def computes_bfloat16() -> bool:
-    """Whether kernels get bfloat16 right: Triton's interpreter does only where its arithmetic was mended, as the tests
-    do (tests/interpreter.py)."""
-    if not INTERPRETED:
-        return True
+    """Whether Triton's interpreter gets bfloat16 right: only where its arithmetic was mended, as the tests do
+    (tests/interpreter.py)."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     return bool(getattr(InterpreterBuilder, "computes_bfloat16", False))
 
 
-def require(x: Tensor, *others: Tensor | None, dtypes: tuple[torch.dtype, ...] | None = None) -> None:
+def require(x: Tensor, *others: Tensor | None) -> None:
     """Raises what a caller's mistake deserves: kernels that cannot run here, a wrong dtype, tensors apart, a gradient
     that would be lost.
 
     Meta tensors pass: they are compiled for, not computed with.
     """
-    if not x.is_meta and (why := obstacle(x.device)) is not None:
+    if not x.is_meta and (why := obstacle(x.device, x.dtype)) is not None:
         raise RuntimeError(f"a Triton kernel cannot run here: {why}; the definition (`*_reference`) runs anywhere")
-    dtypes = dtypes or (torch.float32, torch.bfloat16, torch.float16)
-    if x.dtype not in dtypes:
-        raise TypeError(f"a kernel takes {', '.join(map(str, dtypes))}, got {x.dtype}")
-    if x.dtype == torch.bfloat16 and not x.is_meta and not computes_bfloat16():
-        raise RuntimeError("Triton's interpreter computes bfloat16 wrongly: take float32 or float16")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"a kernel takes {', '.join(map(str, DTYPES))}, got {x.dtype}")
     for other in others:
         if other is not None and other.device != x.device:
             raise ValueError(f"tensors lie on {x.device} and {other.device}: they must be on one device")
@@ -131,9 +131,7 @@ def register(
         tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
         if "!" in schema and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             raise RuntimeError(f"torch.ops.tritium.{name} has no gradient: call it under torch.no_grad()")
-        able = obstacle(tensors[0].device) is None
-        if tensors[0].dtype == torch.bfloat16:
-            able = able and computes_bfloat16()
+        able = obstacle(tensors[0].device, tensors[0].dtype) is None
         return (launcher if able else reference)(*args, **kwargs)
 
     _LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))

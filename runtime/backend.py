@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from ..kernels.decode_attention import WIDEST_GROUP, WIDEST_HEAD
-from ..kernels.launch import INTERPRETED, computes_bfloat16, obstacle
+from ..kernels.launch import DTYPES, INTERPRETED, obstacle
 from .errors import TritiumError, nearest
 from .kernel_set import REFERENCE, KernelSet
 from .spec import ModelSpec
 from .triton_path import Modes, compose
 
 NAMES = ("auto", "triton", "torch")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache
@@ -63,9 +62,7 @@ class Backend:
 def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in DTYPES:
         return f"its kernels take {', '.join(map(str, DTYPES))}, not {dtype}"
-    if dtype == torch.bfloat16 and not computes_bfloat16():
-        return "Triton's interpreter computes bfloat16 wrongly: take float32 or float16"
-    return obstacle(device)
+    return obstacle(device, dtype)
 
 
 def shape_obstacle(spec: ModelSpec) -> str | None:

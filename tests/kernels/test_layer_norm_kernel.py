@@ -1,13 +1,11 @@
 """The layer-norm kernel: the rule, its rounding, the two-pass variance, batch invariance, views, what it refuses."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 from tritium.kernels.layer_norm import layer_norm, layer_norm_reference
 
-from ..rule import DEVICE, DTYPES, assert_rule, draw, needs_gpu, same_bits, truth_of
+from ..rule import DEVICE, DTYPES, assert_rule, draw, needs_gpu, room_around_outputs, same_bits, truth_of
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 EPS = 1e-5
@@ -123,17 +121,7 @@ def test_the_input_is_not_overwritten() -> None:
 
 def test_nothing_is_written_beside_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
     """Room around each output keeps its marks; neighbouring rows would hide a column too many, but for the last."""
-    rooms: list[torch.Tensor] = []
-    new_empty = torch.Tensor.new_empty
-
-    def with_room(like: torch.Tensor, *shape: Any, **options: Any) -> torch.Tensor:
-        if options:  # not the launcher: the interpreter
-            return new_empty(like, *shape, **options)
-        size = torch.Size(shape if isinstance(shape[0], int) else shape[0])
-        rooms.append(torch.full((size.numel() + 128,), 7.0, dtype=like.dtype, device=like.device))
-        return rooms[-1][64:-64].view(size)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", with_room)
+    rooms = room_around_outputs(monkeypatch)
     for width in (57, 128, 257):
         assert layer_norm(draw(3, width, dtype=torch.float32), None, None, EPS).ne(7).all()
     assert len(rooms) == 3

@@ -16,7 +16,7 @@ from tritium.kernels.qk_norm_rope import (
 )
 from tritium.kernels.rms_norm import rms_norm_reference
 
-from ..rule import DEVICE, DTYPES, assert_rule, draw, needs_gpu, same_bits, truth_of
+from ..rule import DEVICE, DTYPES, assert_rule, draw, needs_gpu, room_around_outputs, same_bits, truth_of
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 EPS, CONTEXT = 1e-6, 50
@@ -327,17 +327,7 @@ def test_views_and_empty_input() -> None:
 
 def test_nothing_is_written_beside_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
     """Room around each output keeps its marks; neighbouring rows would hide a column too many, but for the last."""
-    rooms: list[torch.Tensor] = []
-    new_empty = torch.Tensor.new_empty
-
-    def with_room(like: torch.Tensor, *shape: Any, **options: Any) -> torch.Tensor:
-        if options:  # not the launcher: the interpreter
-            return new_empty(like, *shape, **options)
-        size = torch.Size(shape if isinstance(shape[0], int) else shape[0])
-        rooms.append(torch.full((size.numel() + 128,), 7.0, dtype=like.dtype, device=like.device))
-        return rooms[-1][64:-64].view(size)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", with_room)
+    rooms = room_around_outputs(monkeypatch)
     for head_dim in (56, 64, 80):
         q, k, _ = qk_norm_rope(*inputs(2, 3, 1, head_dim, torch.float32))
         assert q.ne(7).all()
@@ -434,7 +424,7 @@ def test_refuses_a_cache_that_does_not_fit() -> None:
 def test_registered(mode: tuple[str, bool, str], definition: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where no kernel can run, and with nothing to do: no output may be a view of the input."""
     if definition:
-        monkeypatch.setattr(launch, "obstacle", lambda device: "none shall run")
+        monkeypatch.setattr(launch, "obstacle", lambda *args: "none shall run")
     op, args = torch.ops.tritium.qk_norm_rope, inputs(3, 4, 2, 64, torch.bfloat16, mode)
     torch.library.opcheck(op, args)
     compiled = torch.compile(lambda *inputs: op(*inputs), fullgraph=True, backend="aot_eager")(*args)

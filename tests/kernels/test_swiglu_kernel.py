@@ -1,12 +1,10 @@
 """The SwiGLU kernel: the rule, its two roundings, batch invariance, views, extremes, what it refuses."""
 
-from typing import Any
-
 import pytest
 import torch
 from tritium.kernels.swiglu import swiglu, swiglu_reference
 
-from ..rule import DEVICE, DTYPES, assert_rule, draw, needs_gpu, same_bits, truth_of
+from ..rule import DEVICE, DTYPES, assert_rule, draw, needs_gpu, room_around_outputs, same_bits, truth_of
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 WIDTHS = [1, 8, 56, 80, 128, 511, 513, 1025]
@@ -111,17 +109,7 @@ def test_the_input_is_not_overwritten() -> None:
 
 def test_nothing_is_written_beside_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
     """Room around each output keeps its marks; neighbouring rows would hide a column too many, but for the last."""
-    rooms: list[torch.Tensor] = []
-    new_empty = torch.Tensor.new_empty
-
-    def with_room(like: torch.Tensor, *shape: Any, **options: Any) -> torch.Tensor:
-        if options:  # not the launcher: the interpreter
-            return new_empty(like, *shape, **options)
-        size = torch.Size(shape if isinstance(shape[0], int) else shape[0])
-        rooms.append(torch.full((size.numel() + 128,), 7.0, dtype=like.dtype, device=like.device))
-        return rooms[-1][64:-64].view(size)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", with_room)
+    rooms = room_around_outputs(monkeypatch)
     for width in (57, 512, 513):
         assert swiglu(draw(3, 2 * width, dtype=torch.float32)).ne(7).all()
     assert len(rooms) == 3

@@ -114,7 +114,7 @@ def test_auto_is_torch_under_gradients_on_a_gpu_too(monkeypatch: pytest.MonkeyPa
 
 def test_the_plain_interpreter_is_refused_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Unmended it computes bfloat16 on raw bits: tokens would be wrong without a word."""
-    monkeypatch.setattr(backends, "computes_bfloat16", lambda: False)
+    monkeypatch.setattr("tritium.kernels.launch.computes_bfloat16", lambda: False)
     backends._obstacle.cache_clear()
     try:
         with torch.no_grad(), pytest.raises(TritiumError, match="interpreter computes bfloat16 wrongly"):
