@@ -6,16 +6,19 @@ For every token t and every head h of q and k, with x = qkv[t, h] of D elements 
     rotate(x) = (x1 * cos_t - x2 * sin_t,  x2 * cos_t + x1 * sin_t)          (RoPE, arXiv:2104.09864, half-split pairs)
 
     q, k = rotate(norm(x))   (norm_first: Qwen3)      or      norm(rotate(x))   (MobileLLM-R1)
+    q'   = q * f_t           (log-n scaling by J. Su, as Qwen uses it: arXiv:2309.16609; k stays as it is)
 
 Shapes: qkv [T, (Hq + 2 Hk) * D], heads in the order q, k, v; cos and sin [T, 1, D] (see `rope_rows`), or the table
-[context, 2, D/2] of every position's (cos, sin) in float32 with positions [T], int32 or int64;
+[context, 2, D/2] of every position's (cos, sin) in float32 with positions [T], int32 or int64; the factors f as [T],
+or as query_scale [context], one for each row of the table, in float32;
 weight [Hq + Hk, D] (q's vector repeated for its heads, then k's) or None; q [T, Hq, D], k and v [T, Hk, D];
 caches [Hk, pages, PAGE, D], a page of one head contiguous, slots [T] = page * PAGE + offset, or -1 to write nothing.
 Rounding: the norm as in rms_norm.py. The rotation happens in cos's dtype, or `rope_dtype`: the model dtype for Qwen and
 Llama (cos, sin, each product and the sum round), float32 for MobileLLM-R1 (one rounding, to the model dtype). What is
-normalised after the rotation is the rounded rotation.
+normalised after the rotation is the rounded rotation. f rounds to the model dtype, then its product with the finished,
+rounded q: many factors just above 1 become 1 in bfloat16, as they do in Qwen.
 Floor: 2 * numel(q, k) * itemsize bytes, and numel(v) * itemsize twice more when K and V go to the cache; about 10
-operations an element. The table's row of a token is read by each of its programs, all but once from L2.
+operations an element. The table's row (and factor) of a token is read by each of its programs, all but once from L2.
 One kernel for what are four otherwise (norm, rotation, two cache writes): vLLM and TensorRT-LLM fuse the first two.
 
 Positions and slots are on the device, where nothing checks them: whoever makes them must see to 0 <= position < context
@@ -32,6 +35,7 @@ from .launch import launch, register, require, tl, triton
 from .rms_norm import Scaled, rms_norm_reference
 
 WIDEST = 256  # elements of a head
+NO_POSITIONS = "query_scale holds a factor for each row of table: it needs table and positions"
 
 
 def rope_rows(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,8 +62,12 @@ def qk_norm_rope_reference(
     weight: Tensor | Scaled | None = None,
     eps: float = 0.0,
     norm_first: bool = True,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition: packed QKV -> (q, k, v). `cos=None` leaves positions out, `norm=False` the QK-norm."""
+    """The definition: packed QKV -> (q, k, v). `cos=None` leaves positions out, `norm=False` the QK-norm.
+
+    scale [T] multiplies the query of each token.
+    """
     rotated = num_heads + num_kv_heads
     tokens, width = qkv.shape
     heads = qkv.view(tokens, rotated + num_kv_heads, width // (rotated + num_kv_heads))
@@ -71,6 +79,8 @@ def qk_norm_rope_reference(
     if norm and not norm_first:
         qk = rms_norm_reference(qk, weight, eps)
     q, k = qk.split_with_sizes((num_heads, num_kv_heads), 1)
+    if scale is not None:
+        q = q * scale.to(q.dtype).view(-1, 1, 1)
     return q, k, v
 
 
@@ -94,12 +104,16 @@ def qk_norm_rope_at_reference(
     weight: Tensor | None,
     eps: float,
     norm_first: bool,
+    query_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition by position: (q, k, v). `table=None` leaves the rotation out."""
-    cos, sin = None, None
+    """The definition by position: (q, k, v). `table=None` leaves the rotation out, and takes no `query_scale`."""
+    cos, sin, scale = None, None, None
     if table is not None and positions is not None:
         cos, sin = rope_rows(*table[positions].to(rope_dtype).unbind(1))
-    return qk_norm_rope_reference(qkv, num_heads, num_kv_heads, cos, sin, norm, weight, eps, norm_first)
+        scale = None if query_scale is None else query_scale[positions]
+    elif query_scale is not None:
+        raise ValueError(NO_POSITIONS)
+    return qk_norm_rope_reference(qkv, num_heads, num_kv_heads, cos, sin, norm, weight, eps, norm_first, scale)
 
 
 def qk_norm_rope_cache_reference(
@@ -113,13 +127,14 @@ def qk_norm_rope_cache_reference(
     weight: Tensor | None,
     eps: float,
     norm_first: bool,
+    query_scale: Tensor | None,
     k_cache: Tensor,
     v_cache: Tensor,
     slots: Tensor,
 ) -> Tensor:
     """The definition with the cache write: q; k and v go to `slots` of the caches in place, -1 writes nothing."""
     q, k, v = qk_norm_rope_at_reference(
-        qkv, num_heads, num_kv_heads, table, positions, rope_dtype, norm, weight, eps, norm_first
+        qkv, num_heads, num_kv_heads, table, positions, rope_dtype, norm, weight, eps, norm_first, query_scale
     )
     kept = slots >= 0
     keys, values = (cache.flatten(1, 2).transpose(0, 1) for cache in (k_cache, v_cache))
@@ -147,6 +162,7 @@ def _qk_norm_rope_kernel(
     table_ptr,  # float32 [context, 2, D/2]
     positions_ptr,  # [T]
     weight_ptr,  # [HQ + HK, D]
+    scale_ptr,  # float32 [context]
     q_ptr,  # [T, HQ, D]
     k_ptr,  # [T, HK, D], or the cache [HK, slots, D] with heads `stride_k` apart
     v_ptr,  # the cache likewise
@@ -163,6 +179,7 @@ def _qk_norm_rope_kernel(
     HAS_NORM: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     NORM_FIRST: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     CACHE: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK_H: tl.constexpr,  # elements of half a head, padded
@@ -180,6 +197,8 @@ def _qk_norm_rope_kernel(
     # All loads come first: those that follow a store, or a sum, would wait for it.
     if HAS_ROPE:
         position = tl.load(positions_ptr + token).to(tl.int64)
+    if HAS_SCALE:
+        factor = tl.load(scale_ptr + position)
     if CACHE:
         slot = tl.load(slots_ptr + token)
     o_x = o_h * D + o_d
@@ -212,6 +231,9 @@ def _qk_norm_rope_kernel(
         x1, x2 = x1.to(dtype).to(tl.float32), x2.to(dtype).to(tl.float32)
     if HAS_NORM and not NORM_FIRST:
         x1, x2 = _normalise(x1, x2, w1, w2, eps, D, HAS_WEIGHT, dtype)
+    if HAS_SCALE:
+        factor = tl.where(o_h < HQ, factor.to(dtype).to(tl.float32), 1.0)
+        x1, x2 = x1 * factor, x2 * factor
     y1, y2 = x1.to(dtype), x2.to(dtype)
 
     m_q = (o_h < HQ) & m_d
@@ -243,19 +265,21 @@ def qk_norm_rope(
     weight: Tensor | None,
     eps: float,
     norm_first: bool,
+    query_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The kernel: (q, k, v), q and k contiguous, v a view of qkv (of its copy, where its columns are strided).
 
     float32, bfloat16 or float16, the weight like qkv; `rope_dtype` is float32 or qkv's dtype. `table=None` leaves the
-    rotation out, `norm=False` the norm. Positions outside the table are not seen here: refuse them on the host.
+    rotation out, `norm=False` the norm, `query_scale=None` the factor of q. Positions outside the table are not seen
+    here: refuse them on the host.
     Raises RuntimeError where no kernel can run, TypeError and ValueError for what does not fit.
     """
     qkv = qkv if qkv.dim() != 2 or qkv.stride(1) == 1 else qkv.contiguous()
-    head_dim = _check(qkv, num_heads, num_kv_heads, table, positions, rope_dtype, norm, weight)
+    head_dim = _check(qkv, num_heads, num_kv_heads, table, positions, rope_dtype, norm, weight, query_scale)
     q = qkv.new_empty(qkv.shape[0], num_heads, head_dim)
     k = qkv.new_empty(qkv.shape[0], num_kv_heads, head_dim)
     v = qkv.unflatten(1, (-1, head_dim))[:, num_heads + num_kv_heads :]
-    _run(qkv, q, k, None, None, table, positions, rope_dtype, norm, weight, eps, norm_first)
+    _run(qkv, q, k, None, None, table, positions, rope_dtype, norm, weight, eps, norm_first, query_scale)
     return q, k, v
 
 
@@ -270,6 +294,7 @@ def qk_norm_rope_cache(
     weight: Tensor | None,
     eps: float,
     norm_first: bool,
+    query_scale: Tensor | None,
     k_cache: Tensor,
     v_cache: Tensor,
     slots: Tensor,
@@ -280,7 +305,7 @@ def qk_norm_rope_cache(
     nothing. Slots outside the cache are not seen here: refuse them on the host.
     """
     qkv = qkv if qkv.dim() != 2 or qkv.stride(1) == 1 else qkv.contiguous()
-    head_dim = _check(qkv, num_heads, num_kv_heads, table, positions, rope_dtype, norm, weight)
+    head_dim = _check(qkv, num_heads, num_kv_heads, table, positions, rope_dtype, norm, weight, query_scale)
     require(qkv, k_cache, v_cache, slots)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if cache.dim() != 4 or (cache.shape[0], cache.shape[3], cache.dtype) != (num_kv_heads, head_dim, qkv.dtype):
@@ -291,7 +316,7 @@ def qk_norm_rope_cache(
     if slots.dtype != torch.int64 or slots.shape != qkv.shape[:1] or not slots.is_contiguous():
         raise ValueError(f"slots must be contiguous int64 [{qkv.shape[0]}], got {list(slots.shape)} {slots.dtype}")
     q = qkv.new_empty(qkv.shape[0], num_heads, head_dim)
-    _run(qkv, q, k_cache, v_cache, slots, table, positions, rope_dtype, norm, weight, eps, norm_first)
+    _run(qkv, q, k_cache, v_cache, slots, table, positions, rope_dtype, norm, weight, eps, norm_first, query_scale)
     return q
 
 
@@ -304,9 +329,10 @@ def _check(
     rope_dtype: torch.dtype,
     norm: bool,
     weight: Tensor | None,
+    query_scale: Tensor | None,
 ) -> int:
     """Raises what a caller's mistake deserves; the head's width."""
-    require(qkv, table, positions, weight)
+    require(qkv, table, positions, weight, query_scale)
     count = num_heads + 2 * num_kv_heads
     if num_heads < 1 or num_kv_heads < 1:
         raise ValueError(f"there must be heads, got {num_heads} of q and {num_kv_heads} of k and v")
@@ -327,6 +353,13 @@ def _check(
             raise ValueError(f"positions must be {wanted}, got {list(positions.shape)} {positions.dtype}")
         if rope_dtype not in (torch.float32, qkv.dtype):
             raise TypeError(f"rope_dtype must be torch.float32 or {qkv.dtype} like qkv, got {rope_dtype}")
+    if query_scale is not None:
+        if table is None:
+            raise ValueError(NO_POSITIONS)
+        fits = query_scale.dtype == torch.float32 and query_scale.shape == table.shape[:1]
+        if not fits or not query_scale.is_contiguous():
+            wanted = f"contiguous float32 [{table.shape[0]}], a factor for each row of table"
+            raise ValueError(f"query_scale must be {wanted}, got {list(query_scale.shape)} {query_scale.dtype}")
     if norm and weight is not None:
         shape = (num_heads + num_kv_heads, head_dim)
         if weight.shape != shape or weight.dtype != qkv.dtype:
@@ -348,6 +381,7 @@ def _run(
     weight: Tensor | None,
     eps: float,
     norm_first: bool,
+    query_scale: Tensor | None,
 ) -> None:
     """Launches over checked tensors; k and v are the caches where there are slots."""
     tokens, heads, head_dim = q.shape
@@ -365,6 +399,7 @@ def _run(
         table if table is not None else qkv,
         positions if positions is not None else qkv,
         weight if weight is not None else qkv,
+        query_scale,  # None is no parameter of the compiled code
         q,
         k,
         v if v is not None else k,
@@ -381,6 +416,7 @@ def _run(
         HAS_NORM=norm,
         HAS_WEIGHT=weight is not None,
         NORM_FIRST=norm_first or table is None,
+        HAS_SCALE=query_scale is not None,
         CACHE=cache,
         BLOCK_H=triton.next_power_of_2(head_dim // 2),
         **options,
@@ -412,9 +448,9 @@ def _fake_qk(qkv: Tensor, num_heads: int, num_kv_heads: int, *_: Any) -> tuple[T
 # An operation may not return its input or a view of it: v is left out, and what the definitions give is copied.
 _ARGUMENTS = (
     "Tensor qkv, int num_heads, int num_kv_heads, Tensor? table, Tensor? positions, ScalarType rope_dtype, bool norm, "
-    "Tensor? weight, float eps, bool norm_first"
+    "Tensor? weight, float eps, bool norm_first, Tensor? query_scale"
 )
-register(f"qk_norm_rope({_ARGUMENTS}) -> (Tensor, Tensor)", _qk_launch, _qk_definition, _fake_qk)
+register(f"qk_norm_rope({_ARGUMENTS}=None) -> (Tensor, Tensor)", _qk_launch, _qk_definition, _fake_qk)
 register(
     f"qk_norm_rope_cache({_ARGUMENTS}, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) -> Tensor",
     qk_norm_rope_cache,

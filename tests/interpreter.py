@@ -47,7 +47,9 @@ def install() -> None:
     def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
         source, target = src.dtype.scalar, dst_type.scalar
         if source == target:
-            return src
+            # A comparison is labelled with the type of what it compared, but holds truth values.
+            truth = src.data.dtype == np.bool_ and target != tl.int1
+            return handle(src.data.astype(interpreter._get_np_dtype(target)), target) if truth else src
         if source == tl.bfloat16:
             return original["cast_impl"](self, wide(src), dst_type) if target != tl.float32 else wide(src)
         if target == tl.bfloat16:

@@ -68,3 +68,16 @@ def test_a_dot_is_the_exact_product_rounded_once(dtype: torch.dtype) -> None:
     c = torch.empty(16, 32)
     launch(_product, (1,), a, b, c, M=16, N=32, K=64)
     assert torch.equal(c, (a.double() @ b.double()).float())
+
+
+@triton.jit
+def _count_kernel(x_ptr, y_ptr):
+    x = tl.load(x_ptr + tl.arange(0, 8))
+    tl.store(y_ptr + tl.arange(0, 8), (x < 6).to(tl.int32) + (x < 3).to(tl.int32))
+
+
+def test_truth_values_are_numbers_once_cast() -> None:
+    """Would break: the sum of two comparisons is a logical or."""
+    x, y = torch.arange(8, dtype=torch.int32), torch.zeros(8, dtype=torch.int32)
+    _count_kernel[(1,)](x, y)
+    assert y.tolist() == [2, 2, 2, 1, 1, 1, 0, 0]

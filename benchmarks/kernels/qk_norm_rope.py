@@ -41,7 +41,7 @@ def rotate(model: str, tokens: int) -> Case:
     def arranged(
         qkv: Tensor, table: Tensor, positions: Tensor, dtype: torch.dtype, weight: Tensor | None, *cache: Tensor
     ) -> tuple[Any, ...]:
-        return qkv, heads, kv_heads, table, positions, dtype, True, weight, EPS, first, *cache
+        return qkv, heads, kv_heads, table, positions, dtype, True, weight, EPS, first, None, *cache
 
     def ours(*args: Any) -> Call:
         qk_norm_rope_cache, given = launcher("qk_norm_rope", "qk_norm_rope_cache"), arranged(*args)

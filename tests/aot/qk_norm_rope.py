@@ -1,4 +1,4 @@
-"""QK-norm and RoPE: every class of head width, each rounding, order and kind of norm, with or without the cache."""
+"""QK-norm and RoPE: every class of head width, each rounding, order and kind of norm, cache and factor, or neither."""
 
 import torch
 from tritium.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_cache
@@ -19,11 +19,13 @@ def case(
     cache: bool = True,
     tokens: int = 64,
     rotate: bool = True,
+    scaled: bool = False,
 ) -> Case:
     width = (heads + 2 * kv_heads) * head_dim
     rope = rope or dtype
     order, positions = "first" if first else "after", f"rope {rope}" if rotate else "no rope"
     place = "cache" if cache else "plain"
+    place = f"scaled {place}" if scaled else place
     name = f"{heads}/{kv_heads}x{head_dim} {norm} {order} {positions} {place} {tokens} tokens {dtype}"
 
     def call() -> object:
@@ -38,6 +40,7 @@ def case(
             meta(heads + kv_heads, head_dim, dtype=dtype) if norm == "weighted" else None,
             EPS,
             first,
+            meta(CONTEXT, dtype=torch.float32) if scaled else None,
         )
         if not cache:
             return qk_norm_rope(*arguments)
@@ -67,4 +70,8 @@ CASES = [
     case(16, 8, 128, FULL),
     case(16, 1, 256, FULL, first=False),
     case(4, 2, 16, FULL, norm="unweighted", cache=False),
+    case(32, 32, 128, rope=FULL, norm="none", scaled=True),
+    case(32, 32, 128, HALF, rope=FULL, norm="none", scaled=True, cache=False),
+    case(16, 8, 128, scaled=True),
+    case(16, 1, 256, FULL, first=False, scaled=True),
 ]

@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from tritium.kernels.qk_norm_rope import cache_write_reference, qk_norm_rope_reference, rope_rows, rotate_reference
+from tritium.kernels.qk_norm_rope import (
+    cache_write_reference,
+    qk_norm_rope_at_reference,
+    qk_norm_rope_reference,
+    rope_rows,
+    rotate_reference,
+)
 
 HALVES = [torch.bfloat16, torch.float16]
 HEAD_DIMS = [2, 16, 56, 64, 80, 96, 128]
@@ -184,6 +190,54 @@ def test_the_norm_inside_rounds_as_rms_norm_does(dtype: torch.dtype, first: bool
     assert torch.equal(v, qkv.view(tokens, -1, head_dim)[:, heads + kv_heads :])
 
 
+@pytest.mark.parametrize("norm", ["none", "first", "last"])
+def test_query_scale_is_the_formula_in_float64(norm: str) -> None:
+    """Every head of q times the factor of its position, after all else: a norm that comes last does not undo it.
+
+    One position comes twice, out of order. The float32 factors are widened, as the truth needs them.
+    """
+    torch.manual_seed(12)
+    heads, kv_heads, head_dim = 4, 2, 16
+    positions = torch.tensor([7, 2, 7, 0, 5])
+    qkv = torch.randn(5, (heads + 2 * kv_heads) * head_dim, dtype=torch.float64)
+    weight = 1 + 0.3 * torch.randn(heads + kv_heads, head_dim, dtype=torch.float64)
+    factors, angle = 1 + torch.rand(8), angles(8, head_dim)
+    q, k, v = naive(qkv, heads, kv_heads, angle[positions], weight, 0.1, norm)
+    scaled = torch.stack([x * factors[position].item() for x, position in zip(q, positions.tolist(), strict=True)])
+    rest = (norm != "none", weight, 0.1, norm == "first")
+    table = torch.stack((angle.cos(), angle.sin()), 1)
+    at = qk_norm_rope_at_reference(qkv, heads, kv_heads, table, positions, torch.float64, *rest, factors)
+    assert_same(at, (scaled, k, v))
+    rows = rope_rows(angle[positions].cos(), angle[positions].sin())
+    assert_same(qk_norm_rope_reference(qkv, heads, kv_heads, *rows, *rest, factors[positions]), (scaled, k, v))
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+def test_query_scale_rounds_the_factor_then_the_product(dtype: torch.dtype) -> None:
+    """Bit for bit: the rounded query times the rounded factor, rounded once; k and v are those without the factor."""
+    torch.manual_seed(13)
+    qkv = torch.randn(6, 8 * 16).to(dtype)
+    factors, angle = 1 + torch.rand(6), angles(6, 16).float()
+    rows = rope_rows(angle.cos().to(dtype), angle.sin().to(dtype))
+    plain = qk_norm_rope_reference(qkv, 4, 2, *rows, norm=True, eps=1e-6)
+    q, k, v = qk_norm_rope_reference(qkv, 4, 2, *rows, norm=True, eps=1e-6, scale=factors)
+    wide = plain[0].double()  # products of two float32 are exact there
+    assert q.dtype == dtype
+    assert torch.equal(q, (wide * factors.to(dtype).double().view(6, 1, 1)).to(dtype))
+    assert torch.equal(k, plain[1])
+    assert torch.equal(v, plain[2])
+    if dtype != torch.float32:
+        assert (q != (wide * factors.double().view(6, 1, 1)).to(dtype)).float().mean() > 0.05  # the factor unrounded
+
+
+@pytest.mark.parametrize("table", [None, torch.ones(4, 2, 2)])
+def test_query_scale_needs_positions(table: Tensor | None) -> None:
+    """A factor that nothing points at would be left out in silence."""
+    rest = (torch.float32, False, None, 0.0, True, torch.ones(4))
+    with pytest.raises(ValueError, match="it needs table and positions"):
+        qk_norm_rope_at_reference(torch.zeros(2, 16), 2, 1, table, None, *rest)
+
+
 def test_non_contiguous_qkv() -> None:
     """A transposed projection, and columns cut from a wider one, give what their copies give."""
     torch.manual_seed(7)
@@ -220,8 +274,9 @@ def test_the_input_is_not_overwritten() -> None:
     assert torch.equal(qkv, before)
 
 
+@pytest.mark.parametrize("scale", [None, torch.tensor([1.0, 1.25])])
 @pytest.mark.parametrize("first", [True, False])
-def test_gradients(first: bool) -> None:
+def test_gradients(first: bool, scale: Tensor | None) -> None:
     """Against finite differences in qkv and weight, and the same when taken twice."""
     torch.manual_seed(10)
     qkv = torch.randn(2, 4 * 4, dtype=torch.float64, requires_grad=True)
@@ -230,7 +285,7 @@ def test_gradients(first: bool) -> None:
     cos, sin = rope_rows(angle.cos(), angle.sin())
 
     def call(qkv: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return qk_norm_rope_reference(qkv, 2, 1, cos, sin, True, weight, 0.1, first)
+        return qk_norm_rope_reference(qkv, 2, 1, cos, sin, True, weight, 0.1, first, scale)
 
     assert torch.autograd.gradcheck(call, (qkv, weight))
     out = torch.cat([x.flatten() for x in call(qkv, weight)])

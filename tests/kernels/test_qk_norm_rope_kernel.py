@@ -20,6 +20,7 @@ from ..rule import DEVICE, DTYPES, assert_rule, draw, needs_gpu, room_around_out
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 EPS, CONTEXT = 1e-6, 50
+FACTORS = (1 + torch.log2(torch.arange(CONTEXT) + 1.3) / 8).to(DEVICE)  # float32, no number of a half type
 HALVES = [torch.bfloat16, torch.float16]
 HEAD_DIMS = [16, 56, 64, 80, 96, 128, 256]
 GQA = [(1, 1), (3, 3), (2, 1), (9, 3), (8, 2), (8, 1), (16, 1), (24, 6)]
@@ -50,6 +51,11 @@ class Args(NamedTuple):
     weight: Tensor | None
     eps: float
     norm_first: bool
+    query_scale: Tensor | None = None
+
+    def scaled(self) -> "Args":
+        """With a factor on q for each position."""
+        return self._replace(query_scale=FACTORS)
 
     def take(self, tokens: Any) -> "Args":
         """Some of the tokens, or all in another order."""
@@ -205,6 +211,38 @@ def test_positions(dtype: torch.dtype) -> None:
     assert torch.equal(torch.cat(zero[:2], 1), args.heads())
 
 
+ROTATING = [mode for mode in MODES if mode[2] != "none"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_query_scale_rule(head_dim: int, dtype: torch.dtype) -> None:
+    for mode in ROTATING[::3]:
+        check(inputs(2, 4, 2, head_dim, dtype, mode).scaled())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ROTATING)
+def test_query_scale_rounds_the_factor_then_the_product(mode: tuple[str, bool, str], dtype: torch.dtype) -> None:
+    """Bit for bit, from the q without it: the factor of the token's position rounds, then the product; k stays.
+
+    Positions are out of order and one comes twice; nine heads of q are no multiple of a program's heads.
+    """
+    args = inputs(6, 9, 3, 64, dtype, mode).scaled()
+    assert args.positions is not None
+    q, k, v = qk_norm_rope(*args._replace(query_scale=None))
+    factors = torch.stack([FACTORS[position] for position in args.positions.tolist()])
+    wide = q.double()  # products of two float32 are exact there
+    expected = (wide * factors.to(dtype).double().view(-1, 1, 1)).to(dtype)
+    for positions in (args.positions, args.positions.int()):
+        scaled = qk_norm_rope(*args._replace(positions=positions))
+        assert same_bits(scaled[0], expected)
+        assert same_bits(scaled[1], k)
+        assert same_bits(scaled[2], v)
+    if dtype != torch.float32:
+        assert (expected != (wide * factors.double().view(-1, 1, 1)).to(dtype)).float().mean() > 0.05
+
+
 def caches(kv_heads: int, head_dim: int, dtype: torch.dtype, pages: int = 3, page: int = 8) -> Tensor:
     """Keys and values [2, Hk, pages, page, D], all NaN, with room around them for what is written astray."""
     return torch.full((4, kv_heads, pages, page, head_dim), float("nan"), dtype=dtype, device=DEVICE)[1:3]
@@ -230,8 +268,8 @@ def check_cache(args: Args, slots: Tensor, pool: Tensor) -> Tensor:
 def test_cache(head_dim: int, dtype: torch.dtype) -> None:
     """Shuffled slots across pages, a token of padding; the caches' other slots stay NaN."""
     slots = torch.tensor([17, 7, -1, 8, 23, 0], device=DEVICE)
-    for mode in (MODES[5], MODES[9]):
-        check_cache(inputs(6, 4, 2, head_dim, dtype, mode), slots, caches(2, head_dim, dtype))
+    for args in (inputs(6, 4, 2, head_dim, dtype, MODES[5]), inputs(6, 4, 2, head_dim, dtype, MODES[9]).scaled()):
+        check_cache(args, slots, caches(2, head_dim, dtype))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), GQA)
@@ -253,9 +291,11 @@ def test_keys_and_values_with_different_strides() -> None:
         assert same_bits(cache.flatten(1, 2)[:, [9, 2, 15]].transpose(0, 1), x)
 
 
-def test_cache_of_its_definition() -> None:
+@pytest.mark.parametrize("scaled", [False, True])
+def test_cache_of_its_definition(scaled: bool) -> None:
     """The definition writes what the kernel writes, where its own q and k are the kernel's to the bit."""
     args = inputs(4, 4, 2, 80, torch.bfloat16, ("none", True, "model"))
+    args = args.scaled() if scaled else args
     slots = torch.tensor([3, -1, 20, 11], device=DEVICE)
     ours, theirs = caches(2, 80, torch.bfloat16), caches(2, 80, torch.bfloat16)
     q = qk_norm_rope_cache(*args, ours[0], ours[1], slots)
@@ -282,6 +322,7 @@ def test_values_are_moved_not_computed() -> None:
 def test_batch_invariance(head_dim: int, dtype: torch.dtype) -> None:
     """A token's bits: alone, among 1 to 17, at another place, beside NaN; q, k and what goes to the cache."""
     args = inputs(17, 4, 2, head_dim, dtype)
+    args = args.scaled() if head_dim == 80 else args
     whole = qk_norm_rope(*args)[:2]
 
     def same(part: Args, of: Any) -> None:
@@ -396,6 +437,13 @@ def test_refuses_what_does_not_fit() -> None:
         ({"rope_dtype": torch.bfloat16}, TypeError, "rope_dtype must be torch.float32 or torch.float32 like qkv"),
         ({"weight": args.weight[:4]}, ValueError, r"weight must be \[6, 64\] torch.float32 like qkv"),
         ({"weight": args.weight.half()}, ValueError, "weight must be"),
+        ({"query_scale": FACTORS, "table": None, "positions": None}, ValueError, "it needs table and positions"),
+        ({"query_scale": FACTORS[1:]}, ValueError, r"query_scale must be contiguous float32 \[50\], .* got \[49\]"),
+        ({"query_scale": FACTORS[:, None]}, ValueError, r"a factor for each row of table, got \[50, 1\] torch.float32"),
+        ({"query_scale": FACTORS.half()}, ValueError, r"query_scale must be .* got \[50\] torch.float16"),
+        ({"query_scale": torch.stack((FACTORS, FACTORS), 1)[:, 0]}, ValueError, "query_scale must be contiguous"),
+        ({"query_scale": FACTORS.to("meta")}, ValueError, "they must be on one device"),
+        ({"query_scale": FACTORS.clone().requires_grad_()}, RuntimeError, "computes no gradients"),
     ]
     for change, error, message in wrong:
         with pytest.raises(error, match=message):
@@ -414,18 +462,23 @@ def test_refuses_a_cache_that_does_not_fit() -> None:
         ((keys, values, slots[:1]), r"slots must be contiguous int64 \[2\]"),
         ((keys, values, slots.int()), "slots must be contiguous int64"),
     ]
+    with pytest.raises(ValueError, match="query_scale must be contiguous"):
+        qk_norm_rope_cache(*args._replace(query_scale=torch.ones(3, device=DEVICE)), keys, values, slots)
     for cache, message in wrong:
         with pytest.raises(ValueError, match=message):
             qk_norm_rope_cache(*args, *cache)
 
 
 @pytest.mark.parametrize("definition", [False, True], ids=["kernel", "definition"])
-@pytest.mark.parametrize("mode", [MODES[0], MODES[5]])
-def test_registered(mode: tuple[str, bool, str], definition: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("mode", "scaled"), [(MODES[0], False), (MODES[5], False), (MODES[5], True)])
+def test_registered(
+    mode: tuple[str, bool, str], scaled: bool, definition: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where no kernel can run, and with nothing to do: no output may be a view of the input."""
     if definition:
         monkeypatch.setattr(launch, "obstacle", lambda *args: "none shall run")
     op, args = torch.ops.tritium.qk_norm_rope, inputs(3, 4, 2, 64, torch.bfloat16, mode)
+    args = args.scaled() if scaled else args
     torch.library.opcheck(op, args)
     compiled = torch.compile(lambda *inputs: op(*inputs), fullgraph=True, backend="aot_eager")(*args)
     for ours, again, theirs in zip(op(*args), compiled, qk_norm_rope_at_reference(*args), strict=False):

@@ -1,0 +1,33 @@
+"""Is what the experts gave summed at the speed of reading it? The shapes of Qwen3-30B-A3B."""
+
+from typing import Any
+
+from tritium.kernels.combine import combine_reference
+
+from ..case import Case, Draw, call, kernel
+from ..peers import compiled
+from ..shapes import ITEM
+
+CHOSEN, HIDDEN = 8, 2048  # Qwen3-30B-A3B's
+TOKENS = (1, 16, 2048)
+
+
+def combine(tokens: int, k: int, width: int) -> Case:
+    def make(draw: Draw) -> tuple[Any, ...]:
+        weights = draw.normal(tokens, k).softmax(-1)
+        return draw.normal(tokens * k, width), weights, draw.normal(tokens, width, scale=3.0)
+
+    return Case(
+        name=f"{tokens} x {k} x {width}",
+        make=make,
+        ours=kernel("combine"),
+        definition=combine_reference,
+        reads=(tokens * (k + 1) * width + tokens * k) * ITEM,
+        writes=tokens * width * ITEM,
+        flop=(2 * k + 1) * tokens * width,
+        peers={"torch": call(combine_reference), "torch.compile": compiled(combine_reference)},
+    )
+
+
+CASES = [combine(tokens, CHOSEN, HIDDEN) for tokens in TOKENS]
+SMOKE = [combine(3, 2, 24)]

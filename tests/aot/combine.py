@@ -1,0 +1,32 @@
+"""Combining what experts gave: both rows of the table, widths with and without 128-bit loads, strided rows."""
+
+import torch
+from tritium.kernels.combine import combine
+
+from .matrix import Case, meta
+
+
+def case(tokens: int, k: int, width: int, dtype: torch.dtype = torch.bfloat16) -> Case:
+    args = (tokens * k, width), (tokens, k), (tokens, width)
+    return Case(
+        f"{tokens} x {k} x {width} {str(dtype)[6:]}",
+        lambda: combine(*(meta(*shape, dtype=dtype) for shape in args)),
+        wide=width % 16 == 0,
+    )
+
+
+CASES = [
+    case(1, 8, 2048),
+    case(2048, 8, 2048),
+    case(16, 8, 7168, torch.float16),
+    case(4096, 1, 4096),
+    case(4096, 16, 4096),
+    case(65, 3, 1365),
+    case(1, 8, 2048, torch.float32),
+    case(2048, 8, 4096, torch.float32),
+    Case(
+        "strided bfloat16",
+        lambda: combine(meta(2048 * 8, 4096)[:, :2048], meta(2048, 8), meta(2048, 4096)[:, 2048:]),
+        wide=True,
+    ),
+]
