@@ -53,6 +53,7 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "transformers>=5.17",
+            "tiktoken>=0.8",
             "matplotlib>=3.9",
             "ruff>=0.15",
             "mypy>=2.0",

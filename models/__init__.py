@@ -4,6 +4,8 @@ from importlib import import_module
 from typing import Any
 
 _PUBLIC = {
+    "GPT": "gpt",
+    "GPTConfig": "gpt",
     "MobileLLM": "mobilellm",
     "MobileLLMConfig": "mobilellm",
     "get_mobilellm_config": "mobilellm",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..kernels.decode_attention import WIDEST_GROUP, WIDEST_HEAD
 from ..kernels.launch import DTYPES, INTERPRETED, obstacle
+from ..kernels.routing import MOST_EXPERTS
 from .errors import TritiumError, nearest
 from .kernel_set import REFERENCE, KernelSet
 from .spec import ModelSpec
@@ -72,6 +73,8 @@ def shape_obstacle(spec: ModelSpec) -> str | None:
     if spec.num_heads > WIDEST_GROUP * spec.num_kv_heads:
         group = spec.num_heads // spec.num_kv_heads
         return f"{group} query heads share a key/value head, and the kernels hold {WIDEST_GROUP}"
+    if spec.num_experts > MOST_EXPERTS:
+        return f"it has {spec.num_experts} experts, and the kernels hold {MOST_EXPERTS}"
     return None
 
 

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,22 @@ from ..kernels.qk_norm_rope import rope_rows
 from .errors import TritiumError
 from .kv_cache import PAGE_SIZE, KVCache
 from .rope import RotaryEmbedding
+
+
+class Angles(NamedTuple):
+    """What a batch's tokens are rotated by, as the kernels take it."""
+
+    table: Tensor  # float32 [rows of it, 2, D / 2]
+    rows: Tensor  # [T] int64, each token's row of the table
+    query_scale: Tensor | None  # float32 [rows of the table], the factor on the query
+
+
+class Rope(NamedTuple):
+    """The same gathered for every token: full-width cos and sin [T, 1, D], and the factor [T]."""
+
+    cos: Tensor
+    sin: Tensor
+    query_scale: Tensor | None
 
 
 @dataclass
@@ -26,7 +43,9 @@ class Batch:
     slots: Tensor | None = None  # [T] int64, where each token's key and value go in the cache
     is_fresh: bool = True  # no row has earlier keys
     is_decode: bool = False  # every row brings exactly one token
-    _rope: dict[tuple[RotaryEmbedding, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    prompts: Sequence[int] = ()  # [rows], tokens of each row's prompt: what some scaling rules go by
+    _angles: dict[RotaryEmbedding, Angles] = field(default_factory=dict)
+    _rope: dict[tuple[RotaryEmbedding, torch.dtype], Rope] = field(default_factory=dict)
     _bias: dict[int | None, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -37,16 +56,22 @@ class Batch:
             starts=[0, *accumulate(counts)],
             lengths=list(counts),
             positions=torch.cat(positions) if positions else torch.zeros(0, dtype=torch.int64, device=device),
+            prompts=list(counts),
         )
 
     @classmethod
-    def appended(cls, cache: KVCache, rows: Sequence[int], counts: Sequence[int]) -> "Batch":
+    def appended(
+        cls, cache: KVCache, rows: Sequence[int], counts: Sequence[int], prompts: Sequence[int] | None = None
+    ) -> "Batch":
         """`counts` new tokens, at least one, for each of the cache's `rows`, behind what it holds of them already.
 
-        Raises TritiumError where that does not fit the cache.
+        A row's first tokens are its prompt. Where they are only the beginning of it (a prefill in pieces), `prompts`
+        says how long each row's whole prompt is. Raises TritiumError where that does not fit the cache.
         """
         if not counts or min(counts) < 1:
             raise TritiumError(f"counts: every row must bring at least one token, got {list(counts)}")
+        slots = cache.slots(rows, counts)
+        cache.begin(rows, counts if prompts is None else prompts)
         before = [cache.lengths[row] for row in rows]
         positions = [at for start, count in zip(before, counts, strict=True) for at in range(start, start + count)]
         return cls(
@@ -55,9 +80,10 @@ class Batch:
             positions=torch.tensor(positions, dtype=torch.int64, device=cache.device),
             cache=cache,
             rows=list(rows),
-            slots=cache.slots(rows, counts),
+            slots=slots,
             is_fresh=not any(before),
             is_decode=all(count == 1 for count in counts),
+            prompts=[cache.prompts[row] for row in rows],
         )
 
     def step(self) -> "Batch":
@@ -67,12 +93,18 @@ class Batch:
         """
         assert self.is_decode
         assert self.cache is not None
+        assert self.slots is not None
         self.cache.check_room(self.rows, [1] * len(self.rows))
+        for rotary in self._angles:
+            _check_positions(rotary, self.longest + 1)
         self.lengths = [length + 1 for length in self.lengths]
         self.is_fresh = False
         self.positions += 1
+        for angles in self._angles.values():
+            if angles.rows is not self.positions:
+                angles.rows.add_(1)
         page = self.page_table.gather(1, (self.positions // PAGE_SIZE).unsqueeze(1)).squeeze(1)
-        self.slots = page.to(torch.int64) * PAGE_SIZE + self.positions % PAGE_SIZE
+        self.slots.copy_(page.to(torch.int64) * PAGE_SIZE + self.positions % PAGE_SIZE)
         if "device_lengths" in self.__dict__:
             self.device_lengths += 1
         self.__dict__.pop("dense", None)
@@ -106,17 +138,33 @@ class Batch:
         """Most keys of any row."""
         return max(self.lengths)
 
-    def rope(self, rotary: RotaryEmbedding, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Full-width (cos, sin) rows [T, 1, D] for this batch's positions, computed once a forward."""
-        if (rotary, dtype) not in self._rope:
-            self.check_positions(rotary)
-            self._rope[rotary, dtype] = rope_rows(*rotary.rows(self.positions, dtype))
-        return self._rope[rotary, dtype]
+    def angles(self, rotary: RotaryEmbedding) -> Angles:
+        """The table of angles and each token's row in it, put together once a batch.
 
-    def check_positions(self, rotary: RotaryEmbedding) -> None:
-        """Raises TritiumError where a row reaches beyond the table of angles."""
-        if self.lengths and self.longest > rotary.context_length:
-            raise TritiumError(f"{self.longest} positions exceed the context length of {rotary.context_length}")
+        Raises TritiumError where a row reaches beyond the table.
+        """
+        if rotary not in self._angles:
+            _check_positions(rotary, max(self.lengths, default=0))
+            device = self.positions.device
+            stretches = [rotary.stretch(prompt) for prompt in self.prompts]
+            distinct = tuple(sorted(set(stretches))) or (1.0,)
+            rows = self.positions
+            if len(distinct) > 1:
+                first = [distinct.index(stretch) * rotary.context_length for stretch in stretches]
+                counts = [end - start for start, end in pairwise(self.starts)]
+                offsets = [offset for offset, count in zip(first, counts, strict=True) for _ in range(count)]
+                rows = rows + torch.tensor(offsets, dtype=torch.int64, device=device)
+            table = rotary.table(device, distinct)
+            self._angles[rotary] = Angles(table, rows, rotary.query_scale(device, len(distinct)))
+        return self._angles[rotary]
+
+    def rope(self, rotary: RotaryEmbedding, dtype: torch.dtype) -> Rope:
+        """What each token is rotated by in `dtype`, gathered once a forward."""
+        if (rotary, dtype) not in self._rope:
+            table, rows, scale = self.angles(rotary)
+            cos, sin = table[rows].to(dtype).unbind(1)
+            self._rope[rotary, dtype] = Rope(*rope_rows(cos, sin), None if scale is None else scale[rows])
+        return self._rope[rotary, dtype]
 
     def decode_bias(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """[rows or 1, 1, L or 1]: 0 where a row's only query sees a key of the dense view, -inf where not."""
@@ -131,6 +179,12 @@ class Batch:
                 bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
                 self._bias[window] = bias.unsqueeze(1)
         return self._bias[window]
+
+
+def _check_positions(rotary: RotaryEmbedding, longest: int) -> None:
+    """Raises TritiumError where a row reaches beyond the table of angles."""
+    if longest > rotary.context_length:
+        raise TritiumError(f"{longest} positions exceed the context length of {rotary.context_length}")
 
 
 @dataclass

@@ -3,9 +3,9 @@
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from .decoder import Decoder
-from .errors import TritiumError, out_of_memory_named
+from .errors import TritiumError, nearest, out_of_memory_named
 from .files import read_json
 from .hf_config import config_from_spec, spec_from_config
 from .registry import family_of_model_type, get_family
@@ -23,21 +23,35 @@ from .weight_map import Piece, WeightMap
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+NATIVE = "tritium"  # the layout, and its model_type, in which every tensor is called as its parameter is
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of what can be a weight
 
 T = TypeVar("T")
 
 
-def read_spec(directory: Path) -> ModelSpec:
-    """The spec that a checkpoint's config.json describes. Raises TritiumError for a folder that holds none."""
+def read_spec(directory: Path, overrides: Mapping[str, Any] | None = None) -> ModelSpec:
+    """The spec that a checkpoint's config.json describes, with `overrides` laid over its keys.
+
+    Raises TritiumError for a folder that holds none.
+    """
     if not directory.is_dir():
         raise TritiumError(f"{directory}: no such checkpoint folder")
     path = directory / "config.json"
+    config = {**_config(directory), **(overrides or {})}
+    model_type = config.get("model_type", "")
+    if model_type == NATIVE:
+        if not isinstance(config.get("spec"), dict):
+            raise TritiumError(f"{path}: a checkpoint of model_type {NATIVE!r} needs a spec")
+        return ModelSpec.from_dict(config["spec"], f"{path}: spec")
+    family = family_of_model_type(model_type, str(path))
+    return spec_from_config(family, config, str(path))
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
     if not path.is_file():
         raise TritiumError(f"{directory}: not a checkpoint, it has no config.json")
-    config = read_json(path)
-    family = family_of_model_type(config.get("model_type", ""), str(path))
-    return spec_from_config(family, config, str(path))
+    return read_json(path)
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -71,16 +85,18 @@ def load_weights(model: Decoder, directory: Path, progress: bool = True, device:
     Every parameter is filled exactly once and every tensor used or ignored by name; otherwise one TritiumError says
     all that does not fit, before anything is allocated.
     """
-    weights = WeightMap(get_family(model.config.family), model.config, model.named_parameters())
     files = weight_files(directory)
+    entries = [(path, *entry) for path in files for entry in _read(path, _entries)]
+    family = None if _config(directory).get("model_type") == NATIVE else get_family(model.config.family)
+    weights = WeightMap(family, model.config, model.named_parameters(), {name for _, name, _, _ in entries})
     found: dict[str, tuple[int, ...]] = {}
-    for path in files:
-        for name, dtype, shape in _read(path, _entries):
-            if name in found:
-                raise TritiumError(f"{path}: the tensor {name} is also in another shard")
-            if dtype not in FLOATS and not weights.ignores(name):
-                raise TritiumError(f"{path}: {name} is {dtype}; only unquantised weights ({', '.join(FLOATS)}) load")
-            found[name] = shape
+    for path, stored, dtype, shape in entries:
+        name = weights.canonical(stored)
+        if name in found:
+            raise TritiumError(f"{path}: the tensor {name} is there twice, or also in another shard")
+        if dtype not in FLOATS and not weights.ignores(name):
+            raise TritiumError(f"{path}: {stored} is {dtype}; only unquantised weights ({', '.join(FLOATS)}) load")
+        found[name] = shape
     weights.check(found, str(directory))
 
     allocate(model, device)
@@ -89,7 +105,7 @@ def load_weights(model: Decoder, directory: Path, progress: bool = True, device:
 
         def stream(checkpoint: Any) -> None:
             for name in checkpoint.offset_keys():
-                if piece := weights.pieces.get(name):
+                if piece := weights.pieces.get(weights.canonical(name)):
                     piece.fill(parameters[piece.parameter].data, checkpoint.get_tensor(name))
                     bar.update()
 
@@ -124,22 +140,26 @@ def save_pretrained(
     directory: str | Path,
     dtype: str | torch.dtype | None = None,
     shard_bytes: int = 5 * 10**9,
+    layout: Literal["family", "tritium"] = "family",
 ) -> None:
-    """Writes config.json and safetensors in the layout of the family's published checkpoints.
+    """Writes config.json and safetensors, in the layout of the family's published checkpoints or in Tritium's own.
 
-    `dtype` converts the weights (None keeps them). Files above `shard_bytes` are split and indexed; weight files of an
-    earlier save in the folder are removed. Raises TritiumError for a dtype, or a trait of the model, that the layout
-    cannot express.
+    The latter can express any spec, but nothing else reads it. `dtype` converts the weights (None keeps them). Files
+    above `shard_bytes` are split and indexed; weight files of an earlier save in the folder are removed. Raises
+    TritiumError for a dtype, or a trait of the model, that the layout cannot express.
     """
+    if layout not in ("family", NATIVE):
+        raise TritiumError(f"layout: unknown {layout!r}; {nearest(str(layout), ('family', NATIVE))}")
     directory = Path(directory).expanduser()
     spec = model.config
-    family = get_family(spec.family)
+    family = None if layout == NATIVE else get_family(spec.family)
     wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype or model.dtype
     if wanted not in DTYPES.values():
         raise TritiumError(f"dtype: checkpoints are written as {', '.join(DTYPES)}; give dtype= one of them")
     assert wanted is not None
     spec = spec.replace(dtype=next(name for name, value in DTYPES.items() if value == wanted))
-    config = config_from_spec(family, spec)
+    native = {"model_type": NATIVE, "spec": spec.as_dict()}
+    config = native if family is None else config_from_spec(family, spec)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import io
+import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -29,8 +30,15 @@ def _parser() -> Parser:
     where.add_argument("--variant", help="base, instruct, reasoning or chat; the family's default where absent")
     where.add_argument("--checkpoint", metavar="DIR_OR_HUB_ID", help="a checkpoint folder or hub repository instead")
     where.add_argument("--device", help="cpu, cuda, cuda:1 ...; the GPU where there is one")
-    where.add_argument("--dtype", default="auto", help="bfloat16, float16 or float32; auto: float32 on a CPU")
+    where.add_argument("--dtype", default="auto", help="bfloat16, float16, float32, checkpoint; auto: float32 on a CPU")
     where.add_argument("--backend", default="auto", help="auto, triton or torch")
+    where.add_argument(
+        "--override",
+        action="append",
+        default=[],
+        metavar="KEY=JSON",
+        help="another value for a key of config.json (repeatable)",
+    )
 
     sampling = Parser(add_help=False)
     how = sampling.add_argument_group("sampling (the checkpoint's own defaults, where not given)")
@@ -121,10 +129,22 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any]:
         from .registry import get_family
 
         family = get_family(options.model)
-        name = f"{family.name}:{options.size or family.default_size}"
+        name = f"{family.name}:{family.size_name(options.size)}"
     chosen = {key: getattr(options, key) for key in ("variant", "device", "dtype", "backend")}
+    chosen["overrides"] = dict(map(_override, options.override))
     model, tokenizer, _ = load(name, progress=sys.stderr.isatty(), **chosen)
     return model, tokenizer
+
+
+def _override(text: str) -> tuple[str, Any]:
+    """KEY=JSON."""
+    key, equals, value = text.partition("=")
+    try:
+        if key and equals:
+            return key, json.loads(value)
+    except ValueError:
+        pass
+    raise TritiumError(f"--override: must be KEY=JSON, such as rope_theta=1000000.0, got {text!r}")
 
 
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:

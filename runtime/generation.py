@@ -48,20 +48,29 @@ class SamplingOptions:
 
 
 def generate(
-    model: "Decoder", prompts: Sequence[Sequence[int]], options: SamplingOptions, eos_ids: Sequence[int] = ()
+    model: "Decoder",
+    prompts: Sequence[Sequence[int]],
+    options: SamplingOptions,
+    eos_ids: Sequence[int] = (),
+    vocabulary: int | None = None,
 ) -> Iterator[list[int | None]]:
     """Gives, step by step, the new token of every row: None once a row has met an EOS (which it does yield).
 
-    Each row is what it would be alone: rows share a batch, not positions, padding or random numbers. Raises
+    Each row is what it would be alone: rows share a batch, not positions, padding or random numbers. Only ids below
+    `vocabulary` are chosen, all where it is None: an embedding may have more rows than there are tokens. Raises
     TritiumError at the call, before the first step, for an empty prompt, ids outside the vocabulary, and a prompt that
     with its new tokens exceeds the context.
     """
     _check(model, prompts, options)
-    return _steps(model, prompts, options, eos_ids)
+    return _steps(model, prompts, options, eos_ids, vocabulary)
 
 
 def _steps(
-    model: "Decoder", prompts: Sequence[Sequence[int]], options: SamplingOptions, eos_ids: Sequence[int]
+    model: "Decoder",
+    prompts: Sequence[Sequence[int]],
+    options: SamplingOptions,
+    eos_ids: Sequence[int],
+    vocabulary: int | None,
 ) -> Iterator[list[int | None]]:
     if not prompts or options.max_new_tokens == 0:
         return
@@ -84,6 +93,9 @@ def _steps(
             else:
                 batch = Batch.appended(cache, rows, [1] * len(rows)) if step == 1 else batch.step()
             _, logits = model.run(plan, tokens, batch, last_only=True)
+            if vocabulary is not None and vocabulary < logits.shape[1]:
+                # Not a narrower view: the rows' length, and with it the kernels' wide loads, stays a round number.
+                logits[:, vocabulary:] = float("-inf")
             uniform = None if uniforms is None else uniforms[:, step]
             tokens = model.kernels.sample(logits, options.temperature, options.top_k, options.top_p, uniform)
         new: list[int | None] = tokens.tolist()  # the only look that the host takes in a step

@@ -3,18 +3,28 @@
 Only the keys that the family lists are read: nothing else in a config.json has any effect. An entry is the key itself
 (dots reach into nested mappings) or one converter of a closed list:
 
-    {first_of: [KEY, ...], default: VALUE}   the first key that is there
-    {per_layer: KEY, layers: KEY}            a list with one truth value a layer, cut to the number of layers
-    {rope_scaling: [KEY, ...]}               the first mapping that names a scaling rule; absent or `default`: none
+    {first_of: [KEY, ...], default: VALUE}      the first key that is there; the default may be a quotient or a product
+        names: {THEIRS: OURS, ...}              besides: values that have another name here
+        when: KEY                               besides: null unless that key is true
+    {negate: KEY, default: VALUE}               the opposite of a truth value
+    {quotient: [KEY, KEY OR NUMBER]}            one number over another, where that is whole; a key may be a first_of
+    {product: [KEY, KEY OR NUMBER]}
+    {per_layer: KEY, layers: KEY}               a list with one truth value a layer, cut to the number of layers
+    {sparse: [STEP, DENSE], layers: KEY}        true where a layer's number, from 1, is a multiple of STEP, but for the
+                                                layers listed (from 0) in DENSE
+    {rope_scaling: [KEY, ...], trained: KEY}    the first mapping that names a scaling rule; absent or `default`: none.
+                                                `dynamic` goes by the trained length
+    {rule: NAME, trained: KEY, when: KEY}       that scaling rule by the trained length, where the key is true
+    {context: KEY, scaling: [KEY, ...]}         a number of positions, or those that such a mapping stretches to
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .errors import TritiumError
 from .registry import Family
 from .rope import RopeScaling
-from .spec import ModelSpec
+from .spec import MAX_LAYERS, ModelSpec
 
 _MISSING = object()
 
@@ -63,26 +73,98 @@ def _check_required(config: Mapping[str, Any], key: str, rule: Mapping[str, Any]
 
 
 def _read(config: Mapping[str, Any], entry: Any, where: str) -> Any:
-    if isinstance(entry, str):
-        entry = {"first_of": [entry]}
+    entry = _keys(entry)
+    if "when" in entry and not _flag(config, entry["when"]):
+        return None
     if "first_of" in entry:
-        for key in entry["first_of"]:
-            value = _get(config, key)
-            if value is not _MISSING and value is not None:
-                return value.removeprefix("torch.") if isinstance(value, str) else value
-        if "default" in entry:
-            return entry["default"]
-        raise TritiumError(f"{where} needs the key {' or '.join(entry['first_of'])}, which is missing")
+        return _first(config, entry, where)
+    if "negate" in entry:
+        return not _first(config, {**entry, "first_of": [entry["negate"]]}, where)
+    if "quotient" in entry or "product" in entry:
+        return _arithmetic(config, entry, where)
     if "per_layer" in entry:
         value = _get(config, entry["per_layer"])
         if not isinstance(value, list) or not value:
             raise TritiumError(f"{where}: {entry['per_layer']} must be a list with one entry a layer")
         layers = _get(config, entry["layers"])  # published lists can be longer than the layers
         return [bool(flag) for flag in value[: layers if isinstance(layers, int) else None]]
-    for key in entry["rope_scaling"]:
+    if "sparse" in entry:
+        return _sparse(config, entry, where)
+    if "rule" in entry:
+        return RopeScaling.parse({"rope_type": entry["rule"], _TRAINED: _get(config, entry["trained"])}, where)
+    if "context" in entry:
+        value = _first(config, _keys(entry["context"]), where)
+        scaling = _scaling(config, entry["scaling"], entry["context"], where)
+        stretched = 0 if scaling is None or not isinstance(value, int) else round(scaling.context)
+        return max(value, stretched) if stretched else value
+    return _scaling(config, entry["rope_scaling"], entry["trained"], where)
+
+
+_TRAINED = "original_max_position_embeddings"
+
+
+def _flag(config: Mapping[str, Any], key: str) -> bool:
+    value = _get(config, key)
+    return value is not _MISSING and bool(value)
+
+
+def _first(config: Mapping[str, Any], entry: Mapping[str, Any], where: str) -> Any:
+    for key in entry["first_of"]:
         value = _get(config, key)
-        if isinstance(value, Mapping) and value.get("rope_type", value.get("type", "default")) != "default":
-            rule = {name: number for name, number in value.items() if name != "rope_theta"}
+        if value is _MISSING or value is None:
+            continue
+        if "names" in entry:
+            if value not in entry["names"]:
+                raise TritiumError(f"{where}: {key} is {value!r}; supported are {', '.join(map(str, entry['names']))}")
+            return entry["names"][value]
+        return value.removeprefix("torch.") if isinstance(value, str) else value
+    if "default" in entry:
+        default = entry["default"]
+        return _arithmetic(config, default, where) if isinstance(default, Mapping) else default
+    raise TritiumError(f"{where} needs the key {' or '.join(entry['first_of'])}, which is missing")
+
+
+def _keys(entry: Any) -> Mapping[str, Any]:
+    """A key by itself is the first of one."""
+    return {"first_of": [entry]} if isinstance(entry, str) else entry
+
+
+def _arithmetic(config: Mapping[str, Any], entry: Mapping[str, Any], where: str) -> int:
+    (name, terms) = next(iter(entry.items()))
+    left, right = (term if isinstance(term, int) else _first(config, _keys(term), where) for term in terms)
+    for term, value in zip(terms, (left, right), strict=True):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise TritiumError(f"{where}: {term} must be a whole number above 0, got {value!r}")
+    if name == "product":
+        return left * right
+    if left % right:
+        raise TritiumError(f"{where}: {terms[0]} ({left}) must be a multiple of {terms[1]} ({right})")
+    return left // right
+
+
+def _sparse(config: Mapping[str, Any], entry: Mapping[str, Any], where: str) -> list[bool]:
+    step_key, dense_key = entry["sparse"]
+    layers, step, dense = (
+        _first(config, {"first_of": [key], "default": default}, where)
+        for key, default in ((entry["layers"], 0), (step_key, 1), (dense_key, []))
+    )
+    numbers = all(isinstance(value, int) for value in (layers, step))
+    if not numbers or step < 1 or not isinstance(dense, list) or layers > MAX_LAYERS:
+        raise TritiumError(f"{where}: {step_key} must be 1 or more and {dense_key} a list of layers")
+    return [(layer + 1) % step == 0 and layer not in dense for layer in range(layers)]
+
+
+def _scaling(config: Mapping[str, Any], keys: list[str], trained: str, where: str) -> RopeScaling | None:
+    for key in keys:
+        value = _get(config, key)
+        if not isinstance(value, Mapping):
+            continue
+        rope_type = value.get("rope_type", value.get("type", "default"))
+        if rope_type != "default":
+            beside = ("rope_theta", "partial_rotary_factor")  # read, or required, by themselves
+            rule = {name: number for name, number in value.items() if name not in beside}
+            if rope_type == "dynamic":
+                rule[_TRAINED] = _get(config, trained)
             return RopeScaling.parse(rule, f"{where} ({key})")
     return None
 
@@ -93,21 +175,52 @@ def config_from_spec(family: Family, spec: ModelSpec) -> dict[str, Any]:
     for key, rule in family.require.items():
         _set(config, key, [rule["each"]] * spec.num_layers if "each" in rule else rule["equals"])
     for field, entry in family.config.items():
-        value = spec[field]
-        if isinstance(entry, str):
-            _set(config, entry, value)
-        elif "first_of" in entry:
-            _set(config, entry["first_of"][0], value)
-        elif "per_layer" in entry:
-            _set(config, entry["per_layer"], [int(flag) for flag in value])
-        else:
-            scaling = {"rope_type": "default"} if value is None else value.as_dict()
-            for name, number in scaling.items():
-                _set(config, f"{entry['rope_scaling'][0]}.{name}", number)
+        for key, value in _written(_keys(entry), spec[field], spec):
+            _set(config, key, value)
     for key, value in family.export.items():
         _set(config, key, value)
-    again = spec_from_config(family, config, "config.json").as_dict()
-    lost = [name for name, value in spec.as_dict().items() if again[name] != value]
+    lost = []
+    try:
+        again = spec_from_config(family, config, "config.json").as_dict()
+        lost = [name for name, value in spec.as_dict().items() if again[name] != value]
+    except TritiumError as error:
+        lost = [str(error)]
     if lost:
-        raise TritiumError(f"{family.name}: its config.json cannot express this model's {', '.join(lost)}")
+        raise TritiumError(
+            f"{family.name}: its config.json cannot express this model's {', '.join(lost)}; save it with "
+            f'layout="tritium"'
+        )
     return config
+
+
+def _written(entry: Mapping[str, Any], value: Any, spec: ModelSpec) -> Iterator[tuple[str, Any]]:
+    """The keys of a config.json, with their values, that `_read` reads as `value`."""
+    if "when" in entry:
+        yield entry["when"], value is not None
+        if value is None:
+            return
+    if "first_of" in entry:
+        if "names" in entry:
+            value = next((theirs for theirs, ours in entry["names"].items() if ours == value), value)
+        yield entry["first_of"][0], value
+    elif "negate" in entry:
+        yield entry["negate"], not value
+    elif "quotient" in entry:
+        key, divisor = entry["quotient"]
+        if isinstance(divisor, int):  # what is one key over another is written by the fields of those
+            yield _keys(key)["first_of"][0], value * divisor
+    elif "per_layer" in entry:
+        yield entry["per_layer"], [int(flag) for flag in value]
+    elif "sparse" in entry:
+        step, dense = entry["sparse"]
+        yield from ((step, 1), (dense, [layer for layer, sparse in enumerate(value) if not sparse]))
+    elif "rule" in entry:
+        yield entry["trained"], round(dict(value.values)[_TRAINED])
+    elif "context" in entry:
+        scaling = spec.rope_scaling
+        if scaling is not None and scaling.rope_type == "dynamic":  # transformers calls the trained length so
+            value = round(dict(scaling.values)[_TRAINED] or 0)
+        yield entry["context"], value
+    else:
+        for name, number in ({"rope_type": "default"} if value is None else value.as_dict()).items():
+            yield f"{entry['rope_scaling'][0]}.{name}", number

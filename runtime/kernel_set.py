@@ -20,7 +20,8 @@ from ..kernels.rms_norm import rms_norm_reference, wide_dtype
 from ..kernels.sampling import sample_reference
 from ..kernels.swiglu import swiglu_reference
 from .batch import Batch
-from .plan import Attention, Dense, Mlp, Norm
+from .operations import DEFINITIONS, Operations
+from .plan import Attention, Dense, Experts, Mlp, Norm
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class KernelSet:
     attention: Callable[[Tensor, Tensor | None, Tensor | None, Attention, Batch], Tensor]
     linear_residual: Callable[[Tensor, Dense, Tensor], Tensor]
     norm_gate_up_act: Callable[[Tensor, Norm | None, Mlp], tuple[Tensor, Tensor]]
+    norm_experts: Callable[[Tensor, Norm | None, Experts, Tensor | None], Tensor]
     norm_head: Callable[[Tensor, Norm | None, Dense], tuple[Tensor, Tensor]]
     sample: Callable[[Tensor, float, int, float, Tensor | None], Tensor]
 
@@ -57,9 +59,9 @@ def _norm_linear(x: Tensor, norm: Norm | None, linear: Dense) -> tuple[Tensor, T
 
 def _qk_norm_rope_cache(qkv: Tensor, attention: Attention, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Packed QKV [T, (Hq + 2 Hk) D] -> q [T, Hq, D], k and v [T, Hk, D]; k and v also go to the batch's cache."""
-    cos, sin = (None, None)
+    cos, sin, scale = (None, None, None)
     if attention.rotary is not None:
-        cos, sin = batch.rope(attention.rotary, attention.rope_dtype)
+        cos, sin, scale = batch.rope(attention.rotary, attention.rope_dtype)
     prepared = attention.qk_norm_scaled if qkv.dtype is torch.float32 else None
     q, k, v = qk_norm_rope_reference(
         qkv,
@@ -71,6 +73,7 @@ def _qk_norm_rope_cache(qkv: Tensor, attention: Attention, batch: Batch) -> tupl
         prepared or attention.qk_norm_weight,
         attention.eps,
         attention.qk_norm_first,
+        scale,
     )
     if batch.cache is not None and batch.slots is not None:
         keys, values = batch.cache.slot_keys[attention.slot], batch.cache.slot_values[attention.slot]
@@ -115,6 +118,22 @@ def _norm_gate_up_act(x: Tensor, norm: Norm | None, mlp: Mlp) -> tuple[Tensor, T
     return stream, PLAIN_ACTIVATIONS[mlp.activation](hidden)
 
 
+def mixture(operations: Operations, x: Tensor, logits: Tensor, experts: Experts, residual: Tensor) -> Tensor:
+    """The experts that the router's logits [T, experts] choose for x [T, E], weighted and added to the residual."""
+    chosen, weights = operations.route(logits, experts.per_token, experts.renormalise)
+    order, starts = operations.group(chosen, experts.router.weight.shape[0])
+    hidden = operations.grouped_swiglu(x, experts.up, order, starts, experts.per_token)
+    outputs = operations.grouped_linear(hidden, experts.down, order, starts, 1)
+    return operations.combine(outputs, weights, residual)
+
+
+def _norm_experts(x: Tensor, norm: Norm | None, experts: Experts, residual: Tensor | None) -> Tensor:
+    """[T, E] -> what the experts give, added to `residual`, or where that is None to the stream: [T, E]."""
+    stream, y = normalise(x, norm)
+    logits = linear_reference(y, experts.router.weight, experts.router.bias)
+    return mixture(DEFINITIONS, y, logits, experts, stream if residual is None else residual)
+
+
 def _norm_head(x: Tensor, norm: Norm | None, head: Dense) -> tuple[Tensor, Tensor]:
     """[T, E] -> (normalised [T, E], logits [T, V])."""
     _, hidden = normalise(x, norm)
@@ -128,6 +147,7 @@ REFERENCE = KernelSet(
     attention=_attention,
     linear_residual=_linear_residual,
     norm_gate_up_act=_norm_gate_up_act,
+    norm_experts=_norm_experts,
     norm_head=_norm_head,
     sample=sample_reference,
 )

@@ -27,6 +27,7 @@ class KVCache:
         self.device = torch.device(device)
         self.capacity = capacity
         self.lengths = [0] * rows
+        self.prompts = [0] * rows  # tokens of each row's prompt, known when its first tokens come
         self._pages_per_row = -(-capacity // PAGE_SIZE)
         num_pages = rows * self._pages_per_row
         # Zeroed: masked keys still meet a probability of 0 in the product, and 0 * NaN would be NaN.
@@ -80,6 +81,12 @@ class KVCache:
             before = self.lengths[row]
             if before + count > self.capacity:
                 raise TritiumError(f"row {row}: {before} + {count} tokens do not fit the cache's {self.capacity}")
+
+    def begin(self, rows: Sequence[int], prompts: Sequence[int]) -> None:
+        """Notes how long the prompts are of those rows that hold nothing yet."""
+        for row, prompt in zip(rows, prompts, strict=True):
+            if not self.lengths[row]:
+                self.prompts[row] = prompt
 
     def advance(self, rows: Sequence[int], counts: Sequence[int]) -> None:
         """Counts tokens just written as held."""

@@ -168,7 +168,34 @@ class FeedForward(nn.Module):
         return out.unflatten(0, hidden_states.shape[:-1])
 
     def bind(self) -> plan.Mlp:
-        return plan.Mlp(self.mlp, self.activation, _bind_linear(self.up))
+        return plan.Mlp(self.mlp, self.activation, _bind_linear(self.up), _bind_linear(self.down))
+
+
+class MixtureOfExperts(nn.Module):
+    """Gated feed-forwards, `experts_per_token` of which a router picks for each token: see kernels/routing.py."""
+
+    def __init__(
+        self, embed_dim: int, expert_dim: int, num_experts: int, experts_per_token: int, renormalise: bool = True
+    ) -> None:
+        super().__init__()
+        self.experts_per_token = experts_per_token
+        self.renormalise = renormalise
+        self.router = nn.Linear(embed_dim, num_experts, bias=False)
+        self.up = nn.Parameter(torch.empty(num_experts, 2 * expert_dim, embed_dim))
+        self.down = nn.Parameter(torch.empty(num_experts, embed_dim, expert_dim))
+        for weight in (self.up, self.down):  # as nn.Linear draws its own
+            nn.init.uniform_(weight, -(weight.shape[-1] ** -0.5), weight.shape[-1] ** -0.5)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., embed_dim] -> [..., embed_dim]."""
+        kernels = AUTO.kernels(hidden_states, self.parameters())
+        flat = hidden_states.flatten(0, -2)
+        out = kernels.norm_experts(flat, None, self.bind(), flat.new_zeros(flat.shape))
+        return out.view(hidden_states.shape)
+
+    def bind(self) -> plan.Experts:
+        router = _bind_linear(self.router)
+        return plan.Experts(router, self.up, self.down, self.experts_per_token, self.renormalise)
 
 
 class TransformerBlock(nn.Module):
@@ -199,9 +226,19 @@ class TransformerBlock(nn.Module):
             rotary=rotary or rotary_of(spec),
         )
         self.mlp_norm = norm(spec.embedding_dim, spec.norm_eps)
-        self.mlp = FeedForward(
-            spec.embedding_dim, spec.hidden_dim, mlp=spec.mlp, activation=spec.activation, bias=spec.mlp_bias
-        )
+        self.mlp: FeedForward | MixtureOfExperts
+        if spec.expert_layers[layer_idx]:
+            self.mlp = MixtureOfExperts(
+                spec.embedding_dim,
+                spec.expert_dim,
+                spec.num_experts,
+                spec.experts_per_token,
+                spec.renormalise_experts,
+            )
+        else:
+            self.mlp = FeedForward(
+                spec.embedding_dim, spec.hidden_dim, mlp=spec.mlp, activation=spec.activation, bias=spec.mlp_bias
+            )
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """[B, S, embed_dim], mask [B, S] with 1 at real tokens -> [B, S, embed_dim], zeros at the padding."""
@@ -226,7 +263,6 @@ class TransformerBlock(nn.Module):
             out=_bind_linear(self.attention.out),
             mlp_norm=norms[1],
             mlp=self.mlp.bind(),
-            down=_bind_linear(self.mlp.down),
         )
         return layer, norms[2]
 
@@ -237,13 +273,15 @@ def run_layer(x: Tensor, layer: plan.Layer, batch: Batch, kernels: KernelSet) ->
     q, k, v = kernels.qk_norm_rope_cache(qkv, layer.attention, batch)
     attended = kernels.attention(q, k, v, layer.attention, batch)
     stream = kernels.linear_residual(attended, layer.out, stream)
+    if isinstance(layer.mlp, plan.Experts):
+        return kernels.norm_experts(stream, layer.mlp_norm, layer.mlp, None)
     stream, hidden = kernels.norm_gate_up_act(stream, layer.mlp_norm, layer.mlp)
-    return kernels.linear_residual(hidden, layer.down, stream)
+    return kernels.linear_residual(hidden, layer.mlp.down, stream)
 
 
 def rotary_of(spec: ModelSpec) -> RotaryEmbedding:
     """The table of angles that all of a model's layers share."""
-    return RotaryEmbedding(spec.head_dim, spec.rope_base, spec.context_length, spec.rope_scaling)
+    return RotaryEmbedding(spec.head_dim, spec.rope_base, spec.context_length, spec.rope_scaling, spec.logn_length)
 
 
 class TransformerDecoder(nn.Module):

@@ -3,7 +3,7 @@
 import functools
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,14 @@ import torch
 from .checkpoint import allocate, load_weights, read_spec
 from .decoder import Decoder
 from .errors import TritiumError, nearest
-from .files import read_yaml
-from .registry import MODELS, families, get_family, read_family
+from .registry import MODELS, families, get_family, read_size
 from .spec import DTYPES, ModelSpec
 from .tokenizer import Tokenizer
 
 Loaded = tuple[Decoder, Tokenizer | None, ModelSpec]
 
 # What a checkpoint is read from; anything else in a repository is left there.
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.tiktoken"]
 BUNDLED = "mobilellm:shakespeare"
 
 
@@ -31,22 +30,25 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
     backend: str = "auto",
+    overrides: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Loaded:
     """(model, tokenizer, spec) of a hub id, a local checkpoint folder, or `family[:size]`.
 
-    `device=None` is the GPU where there is one. `dtype="auto"` is the checkpoint's own on a GPU and float32 on a CPU,
-    where half precision saves memory but no time. The tokenizer is None where the checkpoint has none. Raises
-    TritiumError with one line that says what is wrong.
+    `device=None` is the GPU where there is one. `dtype="checkpoint"` is the checkpoint's own; `"auto"` is that on a GPU
+    and float32 on a CPU, where half precision saves memory but no time. `overrides` are laid over the keys of the
+    checkpoint's config.json, such as its rope_scaling (see docs/architecture/positional-encoding.md). The tokenizer is
+    None where the checkpoint has none. Raises TritiumError with one line that says what is wrong.
     """
     directory = resolve_checkpoint(str(name), variant, progress)
     device = pick_device(device)
-    spec = read_spec(directory)
+    spec = read_spec(directory, overrides)
     dtype = _pick_dtype(dtype, spec, device)
     with torch.device("meta"):
         model = Decoder(spec, backend).to(dtype)
     load_weights(model, directory, progress, device)
-    tokenizer = Tokenizer.from_pretrained(directory) if (directory / "tokenizer.json").is_file() else None
+    settings = get_family(spec.family).tokenizer
+    tokenizer = Tokenizer.from_pretrained(directory, settings) if Tokenizer.found_in(directory, settings) else None
     return model.eval(), tokenizer, spec
 
 
@@ -58,7 +60,7 @@ def load_pretrained_model(
     The family's own defaults stand in for what is None. `options` are those of `load`.
     """
     family = get_family(model_type)
-    return load(f"{family.name}:{size or family.default_size}", variant=variant, **options)
+    return load(f"{family.name}:{family.size_name(size)}", variant=variant, **options)
 
 
 def family_loader(name: str) -> Callable[..., Loaded]:
@@ -76,18 +78,7 @@ def load_config(path: str | Path) -> ModelSpec:
     path = Path(os.path.expanduser(path))
     if not path.is_file() and not path.is_absolute() and (MODELS.parent / path).is_file():
         path = MODELS.parent / path
-    values = read_yaml(path)
-    beside = path.parent / "family.yaml"
-    if "family" in values:
-        try:
-            family = get_family(str(values.pop("family")))
-        except TritiumError as error:
-            raise TritiumError(f"{path}: {error}") from None
-    elif beside.is_file():
-        family = read_family(beside)
-    else:
-        raise TritiumError(f"{path}: which family? put a family.yaml beside it or a `family` key in it")
-    return family.spec_from(values, str(path))
+    return read_size(path)[0]
 
 
 def load_model(
@@ -100,7 +91,7 @@ def load_model(
     seed: int = 0,
 ) -> Decoder:
     """A model of this spec with random weights. `model_type`, where given, must be the spec's family."""
-    if model_type is not None and get_family(model_type).name != config.family:
+    if model_type is not None and config.family not in get_family(model_type).members:
         raise TritiumError(f"model_type {model_type!r} does not fit a spec of the family {config.family!r}")
     device = pick_device(device)
     with torch.device("meta"):
@@ -129,10 +120,12 @@ def pick_device(device: str | torch.device | None) -> torch.device:
 def _pick_dtype(dtype: str | torch.dtype, spec: ModelSpec, device: torch.device) -> torch.dtype:
     if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
         return dtype
+    if dtype == "checkpoint":
+        return spec.torch_dtype
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else spec.torch_dtype
     if dtype not in DTYPES:
-        raise TritiumError(f"dtype: unknown {str(dtype)!r}; {nearest(str(dtype), ['auto', *DTYPES])}")
+        raise TritiumError(f"dtype: unknown {str(dtype)!r}; {nearest(str(dtype), ['auto', 'checkpoint', *DTYPES])}")
     return DTYPES[dtype]
 
 
@@ -144,7 +137,7 @@ def resolve_checkpoint(name: str, variant: str | None = None, progress: bool = T
     head, _, size = name.partition(":")
     if head.lower() in families():
         family = get_family(head)
-        where = family.checkpoint(family.size_name(size or family.default_size), variant or family.default_variant)
+        where = family.checkpoint(family.size_name(size or None), variant)
         return Path(where) if os.path.isdir(where) else download(where, progress)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
         return download(name, progress)

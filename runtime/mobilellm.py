@@ -26,6 +26,9 @@ class MobileLLMConfig:
     dropout: float = 0.0  # only 0 is supported
     norm_eps: float = 1e-5
     head_dim: int | None = None  # None: embed_dim / num_heads
+    num_experts: int = 0  # above 0: every layer is a mixture of them instead of a feed-forward of hidden_dim
+    experts_per_token: int = 0
+    expert_dim: int = 0  # width of one expert
 
     def __getitem__(self, name: str) -> Any:
         if name not in self.__dataclass_fields__:
@@ -63,13 +66,26 @@ class MobileLLMConfig:
         }
         if not self.use_qk_norm:
             values["qk_norm"] = "none"
+        if self.num_experts or self.experts_per_token or self.expert_dim:
+            values |= {
+                "expert_layers": True,
+                "num_experts": self.num_experts,
+                "experts_per_token": self.experts_per_token,
+                "expert_dim": self.expert_dim,
+                "renormalise_experts": True,
+            }
         return get_family("mobilellm").spec_from(values, where)
 
 
 def get_mobilellm_config(name: str) -> MobileLLMConfig:
-    """The predefined configuration of a size such as "950m". Raises TritiumError for an unknown one."""
+    """The predefined configuration of a size such as "950m". Raises TritiumError for an unknown one, and for a size of
+    the first generation, which is another architecture: `tritium.load_config` reads those.
+    """
     family = get_family("mobilellm")
-    spec = family.spec(family.size_name(name))
+    size = family.size_name(name)
+    spec = family.spec(size)
+    if spec.family != family.name:
+        raise TritiumError(f"{size} is of the first generation: tritium.load_config('models/mobilellm/{size}.yaml')")
     return MobileLLMConfig(
         vocab_size=spec.vocab_size,
         num_layers=spec.num_layers,
@@ -83,6 +99,9 @@ def get_mobilellm_config(name: str) -> MobileLLMConfig:
         tie_word_embeddings=spec.tie_embeddings,
         norm_eps=spec.norm_eps,
         head_dim=spec.head_dim,
+        num_experts=spec.num_experts,
+        experts_per_token=spec.experts_per_token,
+        expert_dim=spec.expert_dim,
     )
 
 

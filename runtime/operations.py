@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..kernels import attention as _attention
+from ..kernels import combine as _combine
 from ..kernels import decode_attention as _decode
+from ..kernels import grouped_linear as _grouped
 from ..kernels import layer_norm as _layer_norm
 from ..kernels import linear as _linear
 from ..kernels import qk_norm_rope as _rope
 from ..kernels import rms_norm as _rms_norm
+from ..kernels import routing as _routing
 from ..kernels import sampling as _sampling
 from ..kernels import swiglu as _swiglu
 
@@ -34,6 +37,11 @@ class Operations:
     attention: Callable[..., Tensor]
     paged_attention: Callable[..., Tensor]
     decode_attention: Callable[..., Tensor]
+    route: Callable[..., tuple[Tensor, Tensor]]
+    group: Callable[..., tuple[Tensor, Tensor]]
+    grouped_swiglu: Callable[..., Tensor]
+    grouped_linear: Callable[..., Tensor]
+    combine: Callable[..., Tensor]
     sample: Callable[..., Tensor]
 
 
@@ -49,6 +57,11 @@ DEFINITIONS = Operations(
     attention=_attention.attention_reference,
     paged_attention=_attention.paged_attention_reference,
     decode_attention=_decode.decode_attention_reference,
+    route=_routing.route_reference,
+    group=_routing.group_reference,
+    grouped_swiglu=_grouped.grouped_swiglu_reference,
+    grouped_linear=_grouped.grouped_linear_reference,
+    combine=_combine.combine_reference,
     sample=_sampling.sample_reference,
 )
 
@@ -64,5 +77,10 @@ KERNELS = Operations(
     attention=_attention.attention,
     paged_attention=_attention.paged_attention,
     decode_attention=_decode.decode_attention,
+    route=_routing.route,
+    group=_routing.group,
+    grouped_swiglu=_grouped.grouped_swiglu,
+    grouped_linear=_grouped.grouped_linear,
+    combine=_combine.combine,
     sample=_sampling.sample,
 )

@@ -54,11 +54,23 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class Mlp:
-    """The feed-forward's first half; `up` holds gate and up packed when gated."""
+    """A feed-forward; `up` holds gate and up packed when gated."""
 
     kind: Literal["gated", "plain"]
     activation: Literal["silu", "relu", "gelu", "gelu_tanh"]
     up: Dense
+    down: Dense
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A mixture of E gated feed-forwards, of which each token takes `per_token`."""
+
+    router: Dense  # [E, hidden]
+    up: Tensor  # [E, 2 F, hidden], gate first
+    down: Tensor  # [E, hidden, F]
+    per_token: int
+    renormalise: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +82,7 @@ class Layer:
     attention: Attention
     out: Dense
     mlp_norm: Norm | None
-    mlp: Mlp
-    down: Dense
+    mlp: Mlp | Experts
 
 
 @dataclass(frozen=True, slots=True)

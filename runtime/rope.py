@@ -12,6 +12,8 @@ from .errors import TritiumError, nearest
 
 # The keys each rule takes besides `rope_type`: those it needs, and those with a default (`transformers`' names).
 _RULES: dict[str, tuple[tuple[str, ...], dict[str, float | None]]] = {
+    "dynamic": (("factor", "original_max_position_embeddings"), {}),
+    "qwen_ntk": (("original_max_position_embeddings",), {}),
     "yarn": (
         ("factor", "original_max_position_embeddings"),
         {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": None},
@@ -22,7 +24,11 @@ _RULES: dict[str, tuple[tuple[str, ...], dict[str, float | None]]] = {
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How frequencies are stretched beyond the trained length: `yarn` (arXiv:2309.00071) or `llama3`."""
+    """How frequencies are stretched beyond the trained length.
+
+    `yarn` (arXiv:2309.00071) and `llama3` stretch them once and for all; `dynamic` (NTK, as `transformers` has it) and
+    `qwen_ntk` (Qwen1's own) by the length of the row's prompt, which then holds while the row is continued.
+    """
 
     rope_type: str
     values: tuple[tuple[str, float | None], ...]
@@ -49,18 +55,44 @@ class RopeScaling:
                 raise TritiumError(f"{where}: {key} must be above 0, got {value!r}")
         return cls(rope_type, tuple((key, values.get(key, optional.get(key))) for key in (*needed, *optional)))
 
+    def stretch(self, prompt: int) -> float:
+        """What the base is multiplied by, to the power of D / (D - 2), for a row whose prompt has `prompt` tokens."""
+        value = dict(self.values)
+        trained = value["original_max_position_embeddings"]
+        assert trained is not None
+        if self.rope_type == "qwen_ntk":  # 1 up to the trained length, then 3, 7, 15 for every doubling
+            return max(1.0, 2.0 ** math.ceil(math.log2(max(prompt, 1) / trained) + 1) - 1)
+        if self.rope_type == "dynamic":
+            factor = value["factor"]
+            assert factor is not None
+            return factor * max(prompt, trained) / trained - (factor - 1)
+        return 1.0
+
+    @property
+    def context(self) -> float:
+        """How many positions the rule stretches to, where it says so; 0 where not."""
+        value = dict(self.values)
+        if self.rope_type not in ("yarn", "dynamic"):
+            return 0
+        return (value["factor"] or 0) * (value["original_max_position_embeddings"] or 0)
+
     def as_dict(self) -> dict[str, Any]:
         """In `transformers`' keys."""
         return {"rope_type": self.rope_type, **{key: value for key, value in self.values if value is not None}}
 
 
-def inverse_frequencies(head_dim: int, base: float, scaling: RopeScaling | None = None) -> tuple[Tensor, float]:
+def inverse_frequencies(
+    head_dim: int, base: float, scaling: RopeScaling | None = None, stretch: float = 1.0
+) -> tuple[Tensor, float]:
     """(float32 [head_dim / 2] angle per position, factor on cos and sin).
 
-    Plain: base^(-2i / head_dim). The scaled rules are those of `transformers`' modeling_rope_utils.
+    Plain: base^(-2i / head_dim). `stretch` is what `RopeScaling.stretch` gives. The scaled rules are those of
+    `transformers`' modeling_rope_utils, and of Qwen1's published code.
     """
+    if stretch != 1.0:
+        base = base * stretch ** (head_dim / (head_dim - 2))
     frequencies = 1.0 / (base ** (torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim))
-    if scaling is None:
+    if scaling is None or scaling.rope_type in ("dynamic", "qwen_ntk"):
         return frequencies, 1.0
     value = {key: number for key, number in scaling.values if number is not None}
     factor, original = value["factor"], value["original_max_position_embeddings"]
@@ -85,25 +117,62 @@ def inverse_frequencies(head_dim: int, base: float, scaling: RopeScaling | None 
 
 
 class RotaryEmbedding:
-    """cos and sin of every position: float32 [context_length, 2, head_dim / 2], on each device asked for."""
+    """cos and sin of every position: float32 [context_length, 2, head_dim / 2], on each device asked for.
 
-    def __init__(self, head_dim: int, base: float, context_length: int, scaling: RopeScaling | None = None) -> None:
+    With a scaling that depends on the prompt there is a table for every stretch of the base; a batch whose rows differ
+    in it gets their tables one behind the other. `logn_length` is the trained length L beyond which the query at
+    position p (from 0) is multiplied by log(p + 1) / log(L) (Qwen1; arXiv:2309.16609, section 2.3).
+    """
+
+    KEPT = 4  # tables a device: prompts of ever new lengths must not fill the memory
+
+    def __init__(
+        self,
+        head_dim: int,
+        base: float,
+        context_length: int,
+        scaling: RopeScaling | None = None,
+        logn_length: int | None = None,
+    ) -> None:
         self.context_length = context_length
+        self.logn_length = logn_length
         self._rule = (head_dim, base, scaling)
-        self._tables: dict[torch.device, Tensor] = {}
+        self._tables: dict[tuple[torch.device, tuple[float, ...]], Tensor] = {}
+        self._scales: dict[tuple[torch.device, int], Tensor] = {}
 
-    def table(self, device: torch.device) -> Tensor:
-        """The whole table, computed once a device in float32 (a bfloat16 position would lose integers above 256)."""
-        if device in self._tables:
-            return self._tables[device]
-        frequencies, factor = inverse_frequencies(*self._rule)
-        angles = torch.outer(torch.arange(self.context_length, dtype=torch.float32, device="cpu"), frequencies)
-        table = (torch.stack((angles.cos(), angles.sin()), 1) * factor).to(device)
+    def stretch(self, prompt: int) -> float:
+        """Which table a row takes whose prompt has `prompt` tokens."""
+        scaling = self._rule[2]
+        return 1.0 if scaling is None else scaling.stretch(prompt)
+
+    def table(self, device: torch.device, stretches: tuple[float, ...] = (1.0,)) -> Tensor:
+        """The tables of these stretches one behind the other: [len(stretches) * context_length, 2, head_dim / 2].
+
+        Each is computed in float32 on the CPU (a bfloat16 position would lose integers above 256), so that its bits do
+        not depend on what it is stacked with.
+        """
+        if (device, stretches) in self._tables:
+            return self._tables[device, stretches]
+        if len(stretches) == 1:
+            frequencies, factor = inverse_frequencies(*self._rule, stretches[0])
+            angles = torch.outer(torch.arange(self.context_length, dtype=torch.float32, device="cpu"), frequencies)
+            table = (torch.stack((angles.cos(), angles.sin()), 1) * factor).to(device)
+        else:
+            table = torch.cat([self.table(device, (stretch,)) for stretch in stretches])
         if not isinstance(table, FakeTensor):  # a tracer's tensor must not outlive its trace
-            self._tables[device] = table
+            while len(self._tables) >= self.KEPT:
+                del self._tables[next(iter(self._tables))]
+            self._tables[device, stretches] = table
         return table
 
-    def rows(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each [T, head_dim / 2] in `dtype`, for positions [T]."""
-        rows = self.table(positions.device)[positions].to(dtype)
-        return rows[:, 0], rows[:, 1]
+    def query_scale(self, device: torch.device, tables: int = 1) -> Tensor | None:
+        """The factor on the query for each row of a table of so many stretches: float32; None without log-n scaling."""
+        if self.logn_length is None:
+            return None
+        if (device, tables) not in self._scales:
+            ends = torch.arange(1, self.context_length + 1, dtype=torch.float64, device="cpu")
+            scale = (ends.log() / math.log(self.logn_length)).clamp(min=1.0).float().to(device).repeat(tables)
+            if isinstance(scale, FakeTensor):
+                return scale
+            self._scales[device, tables] = scale
+        return self._scales[device, tables]

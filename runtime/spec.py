@@ -45,6 +45,7 @@ class ModelSpec:
     rope_dtype: Literal["model", "float32"]  # in which q and k are rotated
     rope_scaling: RopeScaling | None
     rope_layers: tuple[bool, ...]  # per layer: whether it rotates
+    logn_length: int | None  # trained length beyond which the query grows with the logarithm of its position, or null
     # Attention
     qk_norm: Literal["none", "weighted", "unweighted"]
     qk_norm_position: Literal["before_rope", "after_rope"]
@@ -56,6 +57,12 @@ class ModelSpec:
     mlp: Literal["gated", "plain"]
     activation: Literal["silu", "relu", "gelu", "gelu_tanh"]
     mlp_bias: bool
+    # Mixture of experts: gated ones, without biases, in the layers that have them instead of the above
+    expert_layers: tuple[bool, ...]  # per layer
+    num_experts: int  # 0: none
+    experts_per_token: int
+    expert_dim: int  # width of one expert
+    renormalise_experts: bool  # the chosen experts' probabilities are made to sum to 1
     # Whole
     tie_embeddings: bool
     layer_repeat: int  # times each stored layer runs in succession, each time with a cache slot of its own
@@ -193,8 +200,22 @@ def _check_consistency(spec: ModelSpec) -> None:
         raise TritiumError(f"head_dim must be even for rope, got {spec.head_dim}")
     if (spec.mlp == "gated") != (spec.activation == "silu"):
         raise TritiumError(f"a {spec.mlp} mlp does not take the activation {spec.activation}")
-    for name in ("rope_layers", "qk_norm_layers", "windows"):
+    for name in ("rope_layers", "qk_norm_layers", "windows", "expert_layers"):
         if len(spec[name]) != spec.num_layers:
             raise TritiumError(f"{name} has {len(spec[name])} entries for {spec.num_layers} layers")
     if any(window is not None and window < 1 for window in spec.windows):
         raise TritiumError("windows must be at least 1")
+    if spec.logn_length is not None and (spec.positions != "rope" or spec.logn_length < 2):
+        raise TritiumError(f"logn_length must be above 1, with positions: rope; got {spec.logn_length}")
+    if any(spec.expert_layers):
+        for name in ("num_experts", "experts_per_token", "expert_dim"):
+            if not 0 < spec[name] < MAX_SIZE:
+                raise TritiumError(f"{name} must be above 0 where a layer has experts, got {spec[name]}")
+        if spec.experts_per_token > spec.num_experts:
+            raise TritiumError(
+                f"experts_per_token ({spec.experts_per_token}) must be at most num_experts ({spec.num_experts})"
+            )
+        if spec.mlp != "gated" or spec.mlp_bias:
+            raise TritiumError("experts are gated and have no biases: mlp must be gated, mlp_bias false")
+    elif spec.num_experts or spec.experts_per_token or spec.expert_dim:
+        raise TritiumError("num_experts, experts_per_token and expert_dim must be 0 where no layer has experts")

@@ -27,6 +27,7 @@ class TextGenerator:
             )
         self.model = model if device is None else model.to(pick_device(device))
         self.tokenizer = tokenizer
+        self._vocabulary = tokenizer.id_limit  # the embedding may have more rows: nothing is to be made of them
 
     def generate(
         self,
@@ -75,8 +76,7 @@ class TextGenerator:
         if self.tokenizer.chat_template is None and isinstance(message, str) and system is None:
             tokens = self.tokenizer.encode(message)
         else:
-            text = self.tokenizer.apply_chat_template(messages, enable_thinking=enable_thinking)
-            tokens = self.tokenizer.encode(text, add_special_tokens=False)
+            tokens = self.tokenizer.encode_chat(messages, enable_thinking=enable_thinking)
         limit = self._limit(max_new_tokens, 512, tokens)
         pieces = self._pieces(tokens, self.options(limit, temperature, top_k, top_p, seed), stop)
         return pieces if stream else "".join(pieces)
@@ -101,7 +101,8 @@ class TextGenerator:
     def _pieces(self, tokens: Sequence[int], options: SamplingOptions, stop: Sequence[str]) -> Iterator[str]:
         # Both check what they are given here and now, not when the first piece is asked for.
         decoder = StreamDecoder(self.tokenizer, stop)
-        return self._stream(decoder, generate(self.model, [tokens], options, self.tokenizer.eos_ids))
+        steps = generate(self.model, [tokens], options, self.tokenizer.eos_ids, self._vocabulary)
+        return self._stream(decoder, steps)
 
     def _stream(self, decoder: StreamDecoder, steps: Iterator[list[int | None]]) -> Iterator[str]:
         eos = set(self.tokenizer.eos_ids)

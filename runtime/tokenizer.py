@@ -1,4 +1,4 @@
-"""Text to token ids and back: a checkpoint's tokenizer.json, its chat template, and streaming in whole characters."""
+"""Text to token ids and back: a checkpoint's tokenizer, its chat template, and streaming in whole characters."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
@@ -13,6 +13,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from .errors import TritiumError
 from .files import read_json, read_text
 from .generation import SamplingOptions
+from .rank_tokenizer import RankSettings, build, chat_pieces, without_special_tokens
 from .sandbox import Sandbox
 
 Messages = Sequence[Mapping[str, Any]]
@@ -63,7 +64,10 @@ def render_chat(template: str, messages: Messages, where: str = "chat template",
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer. `eos_ids` and `defaults` come from its generation_config.json and config.json."""
+    """A checkpoint's tokenizer. `eos_ids` and `defaults` come from its generation_config.json and config.json.
+
+    With `markers`, which must be special tokens of `fast`, conversations hold these only where the template puts them.
+    """
 
     def __init__(
         self,
@@ -73,6 +77,7 @@ class Tokenizer:
         special: Mapping[str, str] | None = None,
         eos_ids: Sequence[int] = (),
         defaults: Mapping[str, Any] | None = None,
+        markers: Sequence[str] = (),
         where: str = "tokenizer",
     ) -> None:
         self.fast = fast
@@ -80,24 +85,25 @@ class Tokenizer:
         self.special = dict(special or {})
         self.eos_ids = tuple(eos_ids)
         self.defaults = dict(defaults or {})
+        self._markers = {text: token for text in markers if (token := fast.token_to_id(text)) is not None}
         self._where = where
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> "Tokenizer":
+    def found_in(cls, directory: str | Path, settings: Mapping[str, Any] | None = None) -> bool:
+        """Whether the folder holds a tokenizer that `from_pretrained` reads with the same settings."""
+        names = ["tokenizer.json", *([] if settings is None else [RankSettings.of(settings).ranks])]
+        return any((Path(directory) / name).is_file() for name in names)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, settings: Mapping[str, Any] | None = None) -> "Tokenizer":
         """From tokenizer.json, tokenizer_config.json, chat_template.jinja and generation_config.json.
 
-        Only the first must be there. Raises TritiumError for what is missing or malformed.
+        Only the first must be there. A family's `settings` (see RankSettings) say which rank file stands in for it,
+        which template for the checkpoint's own, and which tokens end an answer; for a base model (`chat_format: raw`)
+        there is no template, and only the end of the text ends it. Raises TritiumError for what is missing or
+        malformed.
         """
         directory = Path(directory)
-        path = directory / "tokenizer.json"
-        if not path.is_file():
-            raise TritiumError(f"{directory}: has no tokenizer.json")
-        try:
-            fast = FastTokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise TritiumError(f"{path}: not a tokenizer ({str(error).splitlines()[0]})") from None
-        fast.no_padding()
-        fast.no_truncation()
         config, generation, model = (
             read_json(directory / name) if (directory / name).is_file() else {}
             for name in ("tokenizer_config.json", "generation_config.json", "config.json")
@@ -105,14 +111,33 @@ class Tokenizer:
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         special = {name: text for name in names if (text := _token_text(config.get(name))) is not None}
         eos = {*_ids(generation.get("eos_token_id")), *_ids(model.get("eos_token_id"))}
-        if not eos and "eos_token" in special:
-            eos = {token for token in [fast.token_to_id(special["eos_token"])] if token is not None}
+        template = _chat_template(directory, config)
+        markers: tuple[str, ...] = ()
+        stop: tuple[str, ...] = ()
+        if settings is None or (directory / "tokenizer.json").is_file():
+            fast = _read_fast(directory)
+            if not eos and "eos_token" in special:
+                stop = (special["eos_token"],)
+        else:
+            ranks = RankSettings.of(settings)
+            if not (directory / ranks.ranks).is_file():
+                raise TritiumError(f"{directory}: has neither tokenizer.json nor {ranks.ranks}")
+            fast = build(directory / ranks.ranks, ranks)
+            markers = ranks.special_tokens
+            if generation.get("chat_format") != "raw":
+                stop = ranks.stop
+                template = ranks.chat_template if template is None else template
+            if ranks.eos_token is not None:
+                special.setdefault("eos_token", ranks.eos_token)
+                stop = (ranks.eos_token, *stop)
+        eos |= {token for text in stop if (token := fast.token_to_id(text)) is not None}
         return cls(
             fast,
-            chat_template=_chat_template(directory, config),
+            chat_template=template,
             special=special,
             eos_ids=sorted(eos),
             defaults=_sampling_defaults(generation, directory / "generation_config.json"),
+            markers=markers,
             where=str(directory),
         )
 
@@ -121,14 +146,33 @@ class Tokenizer:
         """Ids that decode to something; a model's embedding may have more rows."""
         return self.fast.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def id_limit(self) -> int:
+        """One more than the largest id that decodes to something: a model must not choose those from here on."""
+        return 1 + max(self.fast.get_vocab(with_added_tokens=True).values(), default=-1)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Special tokens' own spelling in it counts as those tokens."""
-        if not isinstance(text, str):
-            raise TritiumError(f"the text must be a string, got {type(text).__name__}")
-        try:
-            return list(self.fast.encode(text, add_special_tokens=add_special_tokens).ids)
-        except TypeError:  # half a surrogate pair, as a shell argument that is not UTF-8 brings it
-            raise TritiumError("the text is not valid Unicode: it holds half a surrogate pair") from None
+        return _encode(self.fast, text, add_special_tokens)
+
+    def encode_chat(self, messages: Messages, *, enable_thinking: bool | None = None) -> list[int]:
+        """Token ids of a conversation, up to where the answer begins; as `apply_chat_template`, and in ids.
+
+        With `markers` no message can spell one of them, and each content is encoded by itself.
+        """
+        if not self._markers:
+            text = self.apply_chat_template(messages, enable_thinking=enable_thinking)
+            return self.encode(text, add_special_tokens=False)
+        plain = without_special_tokens(self.fast)
+        pieces = chat_pieces(
+            messages,
+            tuple(self._markers),
+            lambda marked: self.apply_chat_template(marked, enable_thinking=enable_thinking),
+        )
+        ids: list[int] = []
+        for text, is_marker in pieces:
+            ids += [self._markers[text]] if is_marker else _encode(plain, text, False)
+        return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return str(self.fast.decode(list(ids), skip_special_tokens=skip_special_tokens))
@@ -210,6 +254,28 @@ class StreamDecoder:
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that begins `stop`."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def _read_fast(directory: Path) -> FastTokenizer:
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise TritiumError(f"{directory}: has no tokenizer.json")
+    try:
+        fast = FastTokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise TritiumError(f"{path}: not a tokenizer ({str(error).splitlines()[0]})") from None
+    fast.no_padding()
+    fast.no_truncation()
+    return fast
+
+
+def _encode(fast: FastTokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    if not isinstance(text, str):
+        raise TritiumError(f"the text must be a string, got {type(text).__name__}")
+    try:
+        return list(fast.encode(text, add_special_tokens=add_special_tokens).ids)
+    except TypeError:  # half a surrogate pair, as a shell argument that is not UTF-8 brings it
+        raise TritiumError("the text is not valid Unicode: it holds half a surrogate pair") from None
 
 
 def _sampling_defaults(generation: Mapping[str, Any], where: Path) -> dict[str, Any]:

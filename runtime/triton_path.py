@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..kernels.linear import linear_reference, linear_residual_reference
 from .batch import Batch
-from .kernel_set import PLAIN_ACTIVATIONS, KernelSet
-from .plan import Attention, Dense, Mlp, Norm
+from .kernel_set import PLAIN_ACTIVATIONS, KernelSet, mixture
+from .plan import Attention, Dense, Experts, Mlp, Norm
 
 if TYPE_CHECKING:
     from .operations import Operations
@@ -56,10 +56,9 @@ def compose(name: str, operations: "Operations", modes: Modes) -> KernelSet:
     def qk_norm_rope_cache(
         qkv: Tensor, attention: Attention, batch: Batch
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        table = positions = None
+        table = positions = scale = None
         if attention.rotary is not None:
-            batch.check_positions(attention.rotary)
-            table, positions = attention.rotary.table(qkv.device), batch.positions
+            table, positions, scale = batch.angles(attention.rotary)
         how = (
             qkv,
             attention.num_heads,
@@ -71,6 +70,7 @@ def compose(name: str, operations: "Operations", modes: Modes) -> KernelSet:
             attention.qk_norm_weight,
             attention.eps,
             attention.qk_norm_first,
+            scale,
         )
         if batch.cache is None:
             return operations.qk_norm_rope(*how)
@@ -102,6 +102,10 @@ def compose(name: str, operations: "Operations", modes: Modes) -> KernelSet:
             return stream, operations.swiglu(hidden)
         return stream, PLAIN_ACTIVATIONS[mlp.activation](hidden)
 
+    def norm_experts(x: Tensor, norm: Norm | None, experts: Experts, residual: Tensor | None) -> Tensor:
+        stream, y = normalise(x, norm)
+        return mixture(operations, y, project(y, experts.router), experts, stream if residual is None else residual)
+
     def norm_head(x: Tensor, norm: Norm | None, head: Dense) -> tuple[Tensor, Tensor]:
         _, hidden = normalise(x, norm)
         return hidden, project(hidden, head)
@@ -110,5 +114,13 @@ def compose(name: str, operations: "Operations", modes: Modes) -> KernelSet:
         return operations.sample(logits, temperature, top_k, top_p, uniform)
 
     return KernelSet(
-        name, norm_linear, qk_norm_rope_cache, attend, linear_residual, norm_gate_up_act, norm_head, sample
+        name=name,
+        norm_linear=norm_linear,
+        qk_norm_rope_cache=qk_norm_rope_cache,
+        attention=attend,
+        linear_residual=linear_residual,
+        norm_gate_up_act=norm_gate_up_act,
+        norm_experts=norm_experts,
+        norm_head=norm_head,
+        sample=sample,
     )

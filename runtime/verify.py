@@ -173,7 +173,7 @@ def _each_operation(model: Decoder, tokens: list[int], report: Report) -> None:
     logits = None
     for start, end in pairwise(border):
         if end > start:
-            batch = Batch.appended(cache, [0], [end - start])
+            batch = Batch.appended(cache, [0], [end - start], [len(tokens) - 2])
             logits = _through(model, ids[start:end], batch, with_cache, comparison)
             cache.advance([0], [end - start])
     assert logits is not None

@@ -5,14 +5,17 @@ The `weights` table of a family.yaml names every parameter with the rule that fi
     NAME                                 the tensor itself
     {cat: [RULE, ...], rows: [N, ...]}   tensors one above the other, N rows each (a ModelSpec attribute)
     {permute_rope: RULE, heads: N}       rows of N heads that pair neighbours for the rotation, to pair halves
+    {transpose: RULE}                    a matrix stored [in, out]
+    {stack: RULE, over: N}               N tensors, one behind the other along a new first dimension; {expert} counts
+    {one_of: [RULE, ...]}                the first whose tensors the checkpoint has; saving writes the first
 
 Loading walks a rule down to the tensors it reads and writes each into its rows of the parameter; saving walks the same
 rule and reads them back, so a map has no second, inverse form that could disagree.
 """
 
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -22,28 +25,29 @@ from .registry import Family
 from .spec import ModelSpec
 
 Transform = Callable[[Tensor], Tensor]
+TIED = "head.weight"  # the parameter that a model with tied embeddings does not have
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One checkpoint tensor and the rows of a parameter that it fills."""
+    """One checkpoint tensor and the place in a parameter that it fills."""
 
     source: str
     parameter: str
-    start: int
+    place: tuple[int | slice, ...]  # of the parameter
     shape: tuple[int, ...]  # of the checkpoint's tensor
-    load: tuple[Transform, ...]  # in order, checkpoint -> parameter
-    save: tuple[Transform, ...]  # in order, parameter -> checkpoint
+    load: tuple[Transform, ...] = ()  # in order, checkpoint -> parameter
+    save: tuple[Transform, ...] = ()  # in order, parameter -> checkpoint
 
     def fill(self, parameter: Tensor, tensor: Tensor) -> None:
-        """Writes the tensor into its rows, in the parameter's dtype and on its device."""
+        """Writes the tensor into its place, in the parameter's dtype and on its device."""
         for transform in self.load:
             tensor = transform(tensor)
-        parameter[self.start : self.start + self.shape[0]].copy_(tensor)
+        parameter[self.place].copy_(tensor)
 
     def read(self, parameter: Tensor) -> Tensor:
         """The checkpoint tensor back from the parameter."""
-        tensor = parameter[self.start : self.start + self.shape[0]]
+        tensor = parameter[self.place]
         for transform in self.save:
             tensor = transform(tensor)
         return tensor.contiguous()
@@ -59,56 +63,101 @@ def to_interleaved(tensor: Tensor, heads: int) -> Tensor:
     return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def _pieces(
-    rule: Any, parameter: str, layer: str, start: int, shape: tuple[int, ...], spec: ModelSpec, where: str
-) -> Iterator[Piece]:
+@dataclass(frozen=True)
+class _Target:
+    """What a rule fills: a region of one parameter, in the layer and of the expert that names are made of."""
+
+    parameter: str
+    names: Mapping[str, str]  # what {layer} and {expert} stand for
+    place: tuple[int | slice, ...]
+    shape: tuple[int, ...]  # of the region
+
+    def source(self, name: str) -> str:
+        for word, number in self.names.items():
+            name = name.replace(f"{{{word}}}", number)
+        return name
+
+
+def _pieces(rule: Any, target: _Target, spec: ModelSpec, found: Container[str] | None, where: str) -> Iterator[Piece]:
     if isinstance(rule, str):
-        yield Piece(rule.replace("{layer}", layer), parameter, start, shape, (), ())
+        yield Piece(target.source(rule), target.parameter, target.place, target.shape)
     elif isinstance(rule, Mapping) and set(rule) == {"cat", "rows"}:
         rows = [int(getattr(spec, name)) for name in rule["rows"]]
-        if sum(rows) != shape[0] or len(rows) != len(rule["cat"]):
-            raise TritiumError(f"{where}: {parameter} has {shape[0]} rows, its map {rows}")
+        if sum(rows) != target.shape[0] or len(rows) != len(rule["cat"]):
+            raise TritiumError(f"{where}: {target.parameter} has {target.shape[0]} rows, its map {rows}")
+        start = 0
         for part, count in zip(rule["cat"], rows, strict=True):
-            yield from _pieces(part, parameter, layer, start, (count, *shape[1:]), spec, where)
+            rows_of = replace(
+                target, place=(*target.place, slice(start, start + count)), shape=(count, *target.shape[1:])
+            )
+            yield from _pieces(part, rows_of, spec, found, where)
             start += count
     elif isinstance(rule, Mapping) and set(rule) == {"permute_rope", "heads"}:
         heads = int(spec[rule["heads"]])
-        for piece in _pieces(rule["permute_rope"], parameter, layer, start, shape, spec, where):
-            yield Piece(
-                piece.source,
-                parameter,
-                piece.start,
-                piece.shape,
-                (*piece.load, lambda tensor: to_half_split(tensor, heads)),
-                (lambda tensor: to_interleaved(tensor, heads), *piece.save),
-            )
+        for piece in _pieces(rule["permute_rope"], target, spec, found, where):
+            load = (*piece.load, lambda tensor: to_half_split(tensor, heads))
+            yield replace(piece, load=load, save=(lambda tensor: to_interleaved(tensor, heads), *piece.save))
+    elif isinstance(rule, Mapping) and set(rule) == {"transpose"}:
+        turned = replace(target, shape=target.shape[::-1])
+        for piece in _pieces(rule["transpose"], turned, spec, found, where):
+            yield replace(piece, load=(*piece.load, Tensor.t), save=(Tensor.t, *piece.save))
+    elif isinstance(rule, Mapping) and set(rule) == {"stack", "over"}:
+        count = int(spec[rule["over"]])
+        if count != target.shape[0]:
+            raise TritiumError(f"{where}: {target.parameter} stacks {target.shape[0]}, its map {count}")
+        for index in range(count):
+            names = {**target.names, "expert": str(index)}
+            part = replace(target, names=names, place=(*target.place, index), shape=target.shape[1:])
+            yield from _pieces(rule["stack"], part, spec, found, where)
+    elif isinstance(rule, Mapping) and set(rule) == {"one_of"}:
+        ways = [list(_pieces(way, target, spec, found, where)) for way in rule["one_of"]]
+        there = [way for way in ways if found is not None and any(piece.source in found for piece in way)]
+        yield from (there or ways)[0]
     else:
-        raise TritiumError(f"{where}: {parameter} has the unknown weight rule {rule!r}")
+        raise TritiumError(f"{where}: {target.parameter} has the unknown weight rule {rule!r}")
 
 
 class WeightMap:
-    """A family's map applied to one model: its pieces by checkpoint tensor."""
+    """A family's map applied to one model: its pieces by checkpoint tensor. Without a family (the layout of `tritium`
+    itself) every tensor is called as its parameter is.
 
-    def __init__(self, family: Family, spec: ModelSpec, parameters: Iterable[tuple[str, Tensor]]) -> None:
-        where = str(family.folder / "family.yaml")
+    `found` are the names of a checkpoint's tensors, where there is one: they decide between the ways of `one_of`.
+    """
+
+    def __init__(
+        self,
+        family: Family | None,
+        spec: ModelSpec,
+        parameters: Iterable[tuple[str, Tensor]],
+        found: Collection[str] | None = None,
+    ) -> None:
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters}
-        self.ignore = family.ignore
         self.pieces: dict[str, Piece] = {}
-        self.redundant: set[str] = set()  # sources of parameters that this model shares with others
+        self.ignore: tuple[str, ...] = ()
+        self.prefix = ""
+        if family is None:
+            self.pieces = {name: Piece(name, name, (), shape) for name, shape in shapes.items()}
+            return
+        where = str(family.folder / "family.yaml")
+        self.ignore = family.ignore
+        self.prefix = family.optional_prefix
+        named = None if found is None else {self.canonical(name) for name in found}
         mapped = set()
         for pattern, rule in family.weights.items():
-            layers = [str(layer) for layer in range(spec.num_layers)] if "{layer}" in pattern else [""]
-            for layer in layers:
-                name = pattern.replace("{layer}", layer)
-                if name not in shapes:
-                    if isinstance(rule, str):
-                        self.redundant.add(rule.replace("{layer}", layer))
-                    continue
-                mapped.add(name)
-                for piece in _pieces(rule, name, layer, 0, shapes[name], spec, where):
-                    self.pieces[piece.source] = piece
+            for layer in range(spec.num_layers) if "{layer}" in pattern else [0]:
+                name = pattern.replace("{layer}", str(layer))
+                if name in shapes:
+                    mapped.add(name)
+                    target = _Target(name, {"layer": str(layer)}, (), shapes[name])
+                    self.pieces |= {piece.source: piece for piece in _pieces(rule, target, spec, named, where)}
+                elif name == TIED:  # a checkpoint may hold its tensor all the same
+                    self.ignore += (rule,)
         if unmapped := sorted(set(shapes) - mapped):
             raise TritiumError(f"{where}: weights does not map {_listed(unmapped)}")
+
+    def canonical(self, name: str) -> str:
+        """A checkpoint tensor's name without the family's optional prefix, as `pieces` has it."""
+        return name.removeprefix(self.prefix)
 
     def check(self, found: Mapping[str, tuple[int, ...]], where: str) -> None:
         """Raises one TritiumError that lists all that is missing, unknown or misshapen in a checkpoint."""
@@ -129,7 +178,7 @@ class WeightMap:
 
     def ignores(self, name: str) -> bool:
         """Whether a checkpoint may hold this tensor without the model using it."""
-        return name in self.redundant or any(fnmatch.fnmatchcase(name, pattern) for pattern in self.ignore)
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.ignore)
 
 
 def _listed(names: list[str]) -> str:

@@ -170,21 +170,32 @@ def test_interrupted(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert err == "\n"
 
 
-def parameters(spec: ModelSpec) -> int:
-    """By the formula, for the two families there are: no biases, RMSNorm, gated feed-forward."""
-    assert (spec.norm, spec.mlp, spec.positions, spec.qkv_bias, spec.mlp_bias) == ("rms", "gated", "rope", False, False)
-    attention = 2 * spec.embedding_dim * (spec.num_heads + spec.num_kv_heads) * spec.head_dim
-    qk_norm = 2 * spec.head_dim if spec.qk_norm == "weighted" else 0
-    layer = attention + qk_norm + 3 * spec.embedding_dim * spec.hidden_dim + 2 * spec.embedding_dim
-    embeddings = spec.vocab_size * spec.embedding_dim * (1 if spec.tie_embeddings else 2)
-    return embeddings + spec.num_layers * layer + spec.embedding_dim
+def parameters(spec: ModelSpec, experts: int | None = None) -> int:
+    """By the formula; with `experts` counted of a mixture's, or all."""
+    width, inner = spec.embedding_dim, spec.hidden_dim
+    norm = width * (2 if spec.norm == "layer" else 1)
+    qkv, out = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim, spec.num_heads * spec.head_dim
+    layer = 2 * norm + qkv * (width + spec.qkv_bias) + width * (out + spec.out_bias)
+    layer += 2 * spec.head_dim if spec.qk_norm == "weighted" else 0
+    if all(spec.expert_layers):
+        chosen = spec.num_experts if experts is None else experts
+        layer += spec.num_experts * width + chosen * 3 * width * spec.expert_dim
+    elif spec.mlp == "gated":
+        layer += 3 * width * inner
+    else:
+        layer += (2 * width + 1) * inner + width  # two matrices and their biases
+    embeddings = spec.vocab_size * width * (1 if spec.tie_embeddings else 2)
+    embeddings += spec.context_length * width if spec.positions == "learned" else 0
+    return embeddings + spec.num_layers * layer + norm
 
 
 def test_models_lists_every_size(capsys: pytest.CaptureFixture[str]) -> None:
     """Would break: a size is left out, or its numbers are not those of its spec."""
     assert cli.main(["models"]) == 0
     header, *lines = capsys.readouterr().out.splitlines()
-    assert re.split(r"  +", header.strip())[:5] == ["family", "size", "parameters", "context", "weights"]
+    assert re.split(r"  +", header.strip())[:6] == [
+        "family", "size", "parameters", "active", "context", "weights",
+    ]  # fmt: skip
     rows = {tuple(cells[:2]): cells for line in lines if (cells := re.split(r"  +", line.strip()))}
     assert len(rows) == len(lines)
     expected = {}
@@ -195,8 +206,9 @@ def test_models_lists_every_size(capsys: pytest.CaptureFixture[str]) -> None:
                 expected[family.name, path.stem] = spec
     assert set(rows) == set(expected)
     for key, spec in expected.items():
-        _, _, count, context, weights, cache, variants = rows[key]
+        _, _, count, active, context, weights, cache, variants = rows[key]
         assert int(count.replace(",", "")) == parameters(spec)
+        assert int(active.replace(",", "")) == parameters(spec, spec.experts_per_token)
         assert int(context.replace(",", "")) == spec.context_length
         mebibytes = parameters(spec) * (4 if spec.dtype == "float32" else 2) / 2**20
         assert int(weights.removesuffix(" MiB").replace(",", "")) == pytest.approx(mebibytes, abs=0.51)
@@ -205,9 +217,11 @@ def test_models_lists_every_size(capsys: pytest.CaptureFixture[str]) -> None:
         assert float(cache.removesuffix(" KiB")) == pytest.approx(per_token / 1024, rel=1e-5)
         assert variants
     assert rows["qwen3", "0.6B"][2] == "596,049,920"  # the published checkpoint's own count
-    assert rows["mobilellm", "70b"][6] == "random weights only"
+    assert rows["mobilellm", "70b"][7] == "random weights only"
     order = [size for family, size in rows if family == "qwen3"]
-    assert order == ["0.6B", "1.7B", "4B", "8B", "14B", "32B"]
+    assert [size for size in order if "2507" not in size] == [
+        "0.6B", "1.7B", "4B", "8B", "14B", "30B-A3B", "32B", "235B-A22B",
+    ]  # fmt: skip
 
 
 # The real process

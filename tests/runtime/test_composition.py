@@ -134,8 +134,12 @@ def test_torch_does_not_promise_what_triton_does() -> None:
     [
         ({"head_dim": 288}, "its heads are 288 wide, and the kernels hold 256"),
         ({"num_heads": 80, "num_kv_heads": 1}, "80 query heads share a key/value head, and the kernels hold 64"),
+        (
+            {"expert_layers": True, "num_experts": 1025, "experts_per_token": 2, "expert_dim": 1},
+            "it has 1025 experts, and the kernels hold 1024",
+        ),
     ],
-    ids=["wide", "many"],
+    ids=["wide", "many", "experts"],
 )
 def test_shapes_that_the_kernels_do_not_hold(changes: dict[str, Any], said: str) -> None:
     """One line for `triton`; `auto` runs them all the same."""

@@ -36,7 +36,12 @@ def test_names(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
 
     def snapshot(repository: str, **options: object) -> str:
         asked.append(repository)
-        assert options["allow_patterns"] == ["*.json", "*.safetensors", "*.jinja"]  # never code, never pickles
+        assert options["allow_patterns"] == [
+            "*.json",
+            "*.safetensors",
+            "*.jinja",
+            "*.tiktoken",
+        ]  # never code, never pickles
         return str(checkpoint)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)

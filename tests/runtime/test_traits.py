@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
-from tritium.runtime import checkpoint, loading, registry
+from tritium.runtime import checkpoint, registry
 from tritium.runtime.batch import Batch
 from tritium.runtime.decoder import Decoder
 from tritium.runtime.kv_cache import KVCache
@@ -15,57 +14,6 @@ from tritium.runtime.rope import RopeScaling, inverse_frequencies
 
 import tritium
 from tests import oracle
-
-# A family that the package does not have, as its one file: Llama's layout, with Qwen2's biases where `bias` says so.
-FAMILY = """
-name: {name}
-model_types: [{name}]
-default: {{size: tiny, variant: base}}
-hub: {{base: nobody/nothing}}
-traits:
-  {{norm: rms, residual: pre_norm, positions: rope, rope_dtype: model, rope_layers: true, qk_norm: none,
-   qk_norm_position: before_rope, qk_norm_layers: false, qkv_bias: {bias}, out_bias: false, mlp: gated,
-   activation: silu, mlp_bias: false, windows: null, layer_repeat: 1}}
-config:
-  vocab_size: vocab_size
-  context_length: max_position_embeddings
-  embedding_dim: hidden_size
-  num_layers: num_hidden_layers
-  num_heads: num_attention_heads
-  num_kv_heads: num_key_value_heads
-  head_dim: head_size
-  hidden_dim: intermediate_size
-  norm_eps: rms_norm_eps
-  rope_base: {{first_of: [rope_parameters.rope_theta, rope_theta]}}
-  rope_scaling: {{rope_scaling: [rope_parameters, rope_scaling]}}
-  tie_embeddings: tie_word_embeddings
-  dtype: {{first_of: [dtype, torch_dtype]}}
-weights:
-  embedding.weight: model.embed_tokens.weight
-  stack.layers.{{layer}}.attention_norm.weight: model.layers.{{layer}}.input_layernorm.weight
-  stack.layers.{{layer}}.attention.qkv.weight:
-    cat:
-      - model.layers.{{layer}}.self_attn.q_proj.weight
-      - model.layers.{{layer}}.self_attn.k_proj.weight
-      - model.layers.{{layer}}.self_attn.v_proj.weight
-    rows: [query_dim, kv_dim, kv_dim]
-  stack.layers.{{layer}}.attention.qkv.bias:
-    cat:
-      - model.layers.{{layer}}.self_attn.q_proj.bias
-      - model.layers.{{layer}}.self_attn.k_proj.bias
-      - model.layers.{{layer}}.self_attn.v_proj.bias
-    rows: [query_dim, kv_dim, kv_dim]
-  stack.layers.{{layer}}.attention.out.weight: model.layers.{{layer}}.self_attn.o_proj.weight
-  stack.layers.{{layer}}.mlp_norm.weight: model.layers.{{layer}}.post_attention_layernorm.weight
-  stack.layers.{{layer}}.mlp.up.weight:
-    cat:
-      - model.layers.{{layer}}.mlp.gate_proj.weight
-      - model.layers.{{layer}}.mlp.up_proj.weight
-    rows: [hidden_dim, hidden_dim]
-  stack.layers.{{layer}}.mlp.down.weight: model.layers.{{layer}}.mlp.down_proj.weight
-  stack.norm.weight: model.norm.weight
-  head.weight: lm_head.weight
-"""
 
 SCALINGS: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default"},
@@ -80,38 +28,15 @@ SCALINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def add_family(monkeypatch: pytest.MonkeyPatch, folder: Path, name: str, bias: bool) -> None:
-    """The family as data, from a folder of its own."""
-    (folder / "family.yaml").write_text(FAMILY.format(name=name, bias=str(bias).lower()))
-    families = {**registry.families(), name: registry.read_family(folder / "family.yaml")}
-    monkeypatch.setattr(registry, "families", lambda: families)
-    monkeypatch.setattr(loading, "families", lambda: families)
-
-
 @pytest.mark.parametrize("scaling", SCALINGS)
-@pytest.mark.parametrize("name", ["llama", "qwen2"])
-def test_a_family_added_as_data(name: str, scaling: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Two families that are one YAML file each give transformers' logits: biases and scaled rotations included."""
-    add_family(monkeypatch, tmp_path, name, bias=name == "qwen2")
-    shape: dict[str, Any] = {
-        "vocab_size": oracle.VOCAB,
-        "hidden_size": 48,
-        "intermediate_size": 72,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "rope_parameters": {"rope_theta": 10000.0, **SCALINGS[scaling]},
-        "tie_word_embeddings": True,
-        "attn_implementation": "eager",
-        "head_size": 8,  # our name for it; transformers divides
-    }
-    theirs: PreTrainedModel
-    llama = name == "llama"
-    theirs = LlamaForCausalLM(LlamaConfig(**shape)) if llama else Qwen2ForCausalLM(Qwen2Config(**shape))
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_scaled_rotations(family: str, scaling: str, tmp_path: Path) -> None:
+    """transformers' logits at positions on both sides of the trained length, and the scaling survives saving."""
+    case = oracle.Case(family, 6, 2, 8, tied=True, layers=2)
+    rule = {"rope_theta": 10000.0, **SCALINGS[scaling]}
+    theirs = oracle.build(case, rope_parameters=rule, max_position_embeddings=256)
     oracle.redraw(theirs, 0, strength=1.0)
-    theirs.eval().save_pretrained(tmp_path / "checkpoint")
-    ours, _, spec = tritium.load(tmp_path / "checkpoint", device="cpu")
+    ours, _, spec = tritium.load(oracle.save(case, theirs, tmp_path / "checkpoint"), device="cpu")
     assert (spec.rope_scaling is None) == (scaling == "default")
     x = oracle.tokens(2, 90)
     torch.testing.assert_close(ours(x).logits, theirs(x).logits, atol=1e-5, rtol=1e-5)
