@@ -19,6 +19,7 @@ from tritium.runtime.errors import TritiumError
 from tritium.runtime.hf_config import config_from_spec
 from tritium.runtime.kv_cache import KVCache
 from tritium.runtime.loading import load_model, pick_device
+from tritium.runtime.plan import Mlp
 from tritium.runtime.registry import get_family
 from tritium.runtime.weight_map import WeightMap
 
@@ -77,7 +78,10 @@ def transformers_twin(model: Decoder) -> Any:
 def floor_step(model: Decoder, rows: int) -> Callable[[], None]:
     """The bare matrix products of one decode step for `rows` rows."""
     plan = model.bind()
-    dense = [part for layer in plan.layers for part in (layer.qkv, layer.out, layer.mlp.up, layer.down)]
+    dense = []
+    for layer in plan.layers:
+        assert isinstance(layer.mlp, Mlp)  # the models measured have no experts
+        dense += [layer.qkv, layer.out, layer.mlp.up, layer.mlp.down]
     weights = [part.weight for part in (*dense, plan.head)]
     inputs = {width: torch.randn(rows, width, device=model.device) for width in {w.shape[1] for w in weights}}
     calls = [(inputs[weight.shape[1]], weight) for weight in weights]

@@ -20,12 +20,13 @@ from tritium.runtime.errors import TritiumError
 
 from .harness import ROOT, device_name, environment, fingerprint, import_root
 from .record import BAD, Record, file_of, order, read, summary
-from .worker import find, spent
+from .worker import WHOLE, find, spent
 
 KERNELS = (
-    "attention", "decode_attention", "linear", "rms_norm", "qk_norm_rope", "swiglu", "sampling", "layer_norm",
+    "attention", "decode_attention", "linear", "grouped_linear", "rms_norm", "qk_norm_rope", "swiglu", "sampling",
+    "routing", "combine", "layer_norm",
 )  # fmt: skip
-OPERATIONS = (*KERNELS, "models")
+OPERATIONS = (*KERNELS, *WHOLE)
 PATIENCE = 240.0  # seconds for one case, compilation and the peers' included
 TESTS_SHARE = 0.35  # of the time, at most, for the tests on the device
 

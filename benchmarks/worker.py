@@ -21,6 +21,9 @@ from .case import OURS, Call, Case, Draw, far, wrong
 from .measure import Stopwatch, ceilings, floor, input_sets
 from .shapes import ITEM
 
+WHOLE = ("experts", "models")
+"""Benchmarks of more than one kernel: files beside this one."""
+
 BROKEN = ("CUDA error", "HIP error", "illegal memory", "device-side assert", "unspecified launch failure")
 
 
@@ -42,7 +45,7 @@ def spent(row: Mapping[str, Any]) -> bool:
 
 def find(operation: str, smoke: bool) -> dict[str, Case]:
     """The cases of an operation, by name and in order."""
-    module = import_module(f".{operation}" if operation == "models" else f".kernels.{operation}", __package__)
+    module = import_module(f".{operation}" if operation in WHOLE else f".kernels.{operation}", __package__)
     return {case.name: case for case in (module.SMOKE if smoke else module.CASES)}
 
 

@@ -16,7 +16,7 @@ from tritium.kernels.attention import attention_reference
 from tritium.kernels.sampling import sample_reference
 
 CPU = torch.device("cpu")
-SMOKE = [(operation, case) for operation in KERNELS for case in find(operation, smoke=True).values()]
+SMOKE = [(operation, case) for operation in (*KERNELS, "experts") for case in find(operation, smoke=True).values()]
 IDS = [f"{operation}: {case.name}" for operation, case in SMOKE]
 
 
@@ -62,7 +62,7 @@ def test_the_gate_sees_a_cache_that_was_not_written() -> None:
     assert "output 1" in str(wrong(case, call(forgetful), CPU, seed=1))
 
 
-@pytest.mark.parametrize("operation", ["rms_norm", "layer_norm", "swiglu", "linear", "sampling"])
+@pytest.mark.parametrize("operation", ["rms_norm", "layer_norm", "swiglu", "linear", "combine", "sampling"])
 def test_floors_count_every_input_and_output_once(operation: str) -> None:
     for case in find(operation, smoke=True).values():
         args = case.make(Draw(CPU, 0))
@@ -72,6 +72,16 @@ def test_floors_count_every_input_and_output_once(operation: str) -> None:
             assert (case.reads, case.writes) == (held[0] * ITEM, out[0].numel() * 8)
         else:
             assert (case.reads, case.writes) == (sum(held) * ITEM, sum(x.numel() for x in out) * ITEM)
+
+
+def test_floors_of_experts() -> None:
+    """By hand: eight experts of 3 * 768 * 2048 for one token, at most all 128 for many; and what is written is new."""
+    one = find("grouped_linear", smoke=False)["qwen3 30B-A3B gate_up 1 x 1536 x 2048"]
+    assert one.reads == pytest.approx(2 * (8 * 2 * 768 * 2048 + 2048), rel=1e-3)
+    layers = find("experts", smoke=False)
+    assert layers["30B-A3B layer 1"].reads == 2 * (8 * 3 * 768 * 2048 + 128 * 2048 + 2 * 2048)
+    assert layers["30B-A3B layer 2048"].reads == 2 * (128 * 3 * 768 * 2048 + 128 * 2048 + 2 * 2048 * 2048)
+    assert layers["30B-A3B layer 2048"].flop == 2 * 2048 * (8 * 3 * 768 * 2048 + 128 * 2048)
 
 
 def test_floors_of_attention() -> None:
@@ -92,6 +102,7 @@ def test_shapes_are_the_models() -> None:
         "rms_norm: 4096 x 1536",
         "swiglu: 1 x 12288",
         "qk_norm_rope: mobilellm 950m 24/6 d64 tokens 64",
+        "experts: 30B-A3B layer 16",
         "models: qwen3 8B decode",
     } <= names
     assert projections("mobilellm 950m")["qkv"] == ((24 + 2 * 6) * 64, 1536)
