@@ -12,7 +12,7 @@ demo: $(VENV)/.runtime
 	$(BIN)/tritium generate --prompt "$(PROMPT)" --max-new-tokens 120 --seed 1 --stream
 
 test: $(VENV)/.development $(VENV)/triton-3.6.0
-	VENV="$(VENV)" $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
+	VENV="$(VENV)" $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 lint: $(VENV)/.development
 	$(BIN)/ruff check .
