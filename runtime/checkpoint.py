@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from .decoder import Decoder
 from .errors import TritiumError, nearest, out_of_memory_named
 from .files import read_json
-from .hf_config import config_from_spec, spec_from_config
+from .hf_config import config_from_spec, keys_read, spec_from_config
 from .registry import family_of_model_type, get_family
 from .spec import DTYPES, ModelSpec
 from .weight_map import Piece, WeightMap
@@ -37,14 +37,35 @@ def read_spec(directory: Path, overrides: Mapping[str, Any] | None = None) -> Mo
     if not directory.is_dir():
         raise TritiumError(f"{directory}: no such checkpoint folder")
     path = directory / "config.json"
-    config = {**_config(directory), **(overrides or {})}
+    config = _config(directory)
     model_type = config.get("model_type", "")
     if model_type == NATIVE:
+        if overrides:
+            raise TritiumError(f"{path}: overrides are for the keys of transformers, which this layout does not have")
         if not isinstance(config.get("spec"), dict):
             raise TritiumError(f"{path}: a checkpoint of model_type {NATIVE!r} needs a spec")
         return ModelSpec.from_dict(config["spec"], f"{path}: spec")
     family = family_of_model_type(model_type, str(path))
+    if overrides is not None:
+        config = _overridden(config, overrides, keys_read(family))
     return spec_from_config(family, config, str(path))
+
+
+def _overridden(config: Mapping[str, Any], overrides: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """The config with the overrides laid over it. Raises TritiumError for a key that has no effect."""
+    if not isinstance(overrides, Mapping):
+        raise TritiumError(f"overrides: must be a mapping of config.json's keys to values, got {overrides!r}")
+    for key in overrides:
+        if key not in known:
+            raise TritiumError(f"overrides: nothing reads the key {key!r}; {nearest(str(key), sorted(known))}")
+    merged = {**config, **overrides}
+    # Where transformers 5 has written the file, rope_theta and rope_scaling are together in rope_parameters.
+    rotation = merged.get("rope_parameters")
+    if isinstance(rotation, Mapping) and "rope_parameters" not in overrides:
+        kept = {"rope_theta", "partial_rotary_factor"} if "rope_scaling" in overrides else set(rotation)
+        kept -= {"rope_theta"} if "rope_theta" in overrides else set()
+        merged["rope_parameters"] = {name: value for name, value in rotation.items() if name in kept}
+    return merged
 
 
 def _config(directory: Path) -> dict[str, Any]:
@@ -76,7 +97,10 @@ def weight_files(directory: Path) -> list[Path]:
         raise TritiumError(
             f"{directory}: {pickles[0]} is a pickle, which can run code and is refused: convert it to safetensors"
         )
-    raise TritiumError(f"{directory}: has no {SINGLE} or {INDEX}")
+    raise TritiumError(
+        f"{directory}: has no {SINGLE} or {INDEX} (of a hub repository pickles are not even downloaded: where it has "
+        f"nothing else, convert them first)"
+    )
 
 
 def load_weights(model: Decoder, directory: Path, progress: bool = True, device: torch.device | str = "cpu") -> None:
@@ -151,6 +175,8 @@ def save_pretrained(
     if layout not in ("family", NATIVE):
         raise TritiumError(f"layout: unknown {layout!r}; {nearest(str(layout), ('family', NATIVE))}")
     directory = Path(directory).expanduser()
+    if directory.exists() and not directory.is_dir():
+        raise TritiumError(f"{directory}: is a file; give a folder")
     spec = model.config
     family = None if layout == NATIVE else get_family(spec.family)
     wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype or model.dtype

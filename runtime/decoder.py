@@ -35,9 +35,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = as_spec(config)
         spec = self.config
-        self.embedding = nn.Embedding(spec.vocab_size, spec.embedding_dim)
+        self.embedding = _embedding(spec.vocab_size, spec.embedding_dim)
         learned = spec.positions == "learned"
-        self.position_embedding = nn.Embedding(spec.context_length, spec.embedding_dim) if learned else None
+        self.position_embedding = _embedding(spec.context_length, spec.embedding_dim) if learned else None
         self.stack = TransformerDecoder(spec)
         self.head = None if spec.tie_embeddings else nn.Linear(spec.embedding_dim, spec.vocab_size, bias=False)
         self.backend = Backend(backend)
@@ -183,6 +183,14 @@ class Decoder(nn.Module):
             else:
                 parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
         return self
+
+
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    """nn.Embedding, but that on the meta device nothing is drawn: that would import torch's compiler, for seconds."""
+    weight = torch.empty(rows, width)
+    if not weight.is_meta:
+        nn.init.normal_(weight)
+    return nn.Embedding.from_pretrained(weight, freeze=False)
 
 
 def _next_labels(labels: Tensor, starts: Sequence[int]) -> Tensor:

@@ -21,13 +21,17 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
+SHOWN = 40  # of the choices in one message
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """The end of a message about an unknown name: the choices, the likeliest first."""
     choices = list(choices)
     lowered = {choice.lower(): choice for choice in choices}
     likely = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.5)]
     hint = f"did you mean {' or '.join(likely)}? " if likely else ""
-    return f"{hint}known: {', '.join(choices)}"
+    more = f" and {len(choices) - SHOWN} more" if len(choices) > SHOWN else ""
+    return f"{hint}known: {', '.join(choices[:SHOWN])}{more}"
 
 
 @contextmanager

@@ -74,7 +74,7 @@ def _check_required(config: Mapping[str, Any], key: str, rule: Mapping[str, Any]
 
 def _read(config: Mapping[str, Any], entry: Any, where: str) -> Any:
     entry = _keys(entry)
-    if "when" in entry and not _flag(config, entry["when"]):
+    if "when" in entry and not _flag(config, entry["when"], where):
         return None
     if "first_of" in entry:
         return _first(config, entry, where)
@@ -91,21 +91,26 @@ def _read(config: Mapping[str, Any], entry: Any, where: str) -> Any:
     if "sparse" in entry:
         return _sparse(config, entry, where)
     if "rule" in entry:
-        return RopeScaling.parse({"rope_type": entry["rule"], _TRAINED: _get(config, entry["trained"])}, where)
+        trained = _first(config, _keys(entry["trained"]), where)
+        return RopeScaling.parse({"rope_type": entry["rule"], _TRAINED: trained}, where)
     if "context" in entry:
         value = _first(config, _keys(entry["context"]), where)
         scaling = _scaling(config, entry["scaling"], entry["context"], where)
         stretched = 0 if scaling is None or not isinstance(value, int) else round(scaling.context)
         return max(value, stretched) if stretched else value
+    if set(entry) != {"rope_scaling", "trained"}:
+        raise TritiumError(f"{where}: unknown converter {dict(entry)!r}")
     return _scaling(config, entry["rope_scaling"], entry["trained"], where)
 
 
 _TRAINED = "original_max_position_embeddings"
 
 
-def _flag(config: Mapping[str, Any], key: str) -> bool:
-    value = _get(config, key)
-    return value is not _MISSING and bool(value)
+def _flag(config: Mapping[str, Any], key: str, where: str) -> bool:
+    value = _first(config, {"first_of": [key], "default": False}, where)
+    if not isinstance(value, bool):
+        raise TritiumError(f"{where}: {key} must be true or false, got {value!r}")
+    return value
 
 
 def _first(config: Mapping[str, Any], entry: Mapping[str, Any], where: str) -> Any:
@@ -114,7 +119,7 @@ def _first(config: Mapping[str, Any], entry: Mapping[str, Any], where: str) -> A
         if value is _MISSING or value is None:
             continue
         if "names" in entry:
-            if value not in entry["names"]:
+            if not isinstance(value, str | bool | int) or value not in entry["names"]:
                 raise TritiumError(f"{where}: {key} is {value!r}; supported are {', '.join(map(str, entry['names']))}")
             return entry["names"][value]
         return value.removeprefix("torch.") if isinstance(value, str) else value
@@ -126,19 +131,23 @@ def _first(config: Mapping[str, Any], entry: Mapping[str, Any], where: str) -> A
 
 def _keys(entry: Any) -> Mapping[str, Any]:
     """A key by itself is the first of one."""
+    if not isinstance(entry, str | Mapping):
+        raise TritiumError(f"config: must be a key or a converter, got {entry!r}")
     return {"first_of": [entry]} if isinstance(entry, str) else entry
 
 
 def _arithmetic(config: Mapping[str, Any], entry: Mapping[str, Any], where: str) -> int:
     (name, terms) = next(iter(entry.items()))
     left, right = (term if isinstance(term, int) else _first(config, _keys(term), where) for term in terms)
-    for term, value in zip(terms, (left, right), strict=True):
+    names = [term if isinstance(term, str | int) else " or ".join(term["first_of"]) for term in terms]
+    for term, value in zip(names, (left, right), strict=True):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise TritiumError(f"{where}: {term} must be a whole number above 0, got {value!r}")
     if name == "product":
         return left * right
     if left % right:
-        raise TritiumError(f"{where}: {terms[0]} ({left}) must be a multiple of {terms[1]} ({right})")
+        other = names[1] if isinstance(names[1], int) else f"{names[1]} ({right})"
+        raise TritiumError(f"{where}: {names[0]} ({left}) must be a multiple of {other}")
     return left // right
 
 
@@ -164,9 +173,27 @@ def _scaling(config: Mapping[str, Any], keys: list[str], trained: str, where: st
             beside = ("rope_theta", "partial_rotary_factor")  # read, or required, by themselves
             rule = {name: number for name, number in value.items() if name not in beside}
             if rope_type == "dynamic":
-                rule[_TRAINED] = _get(config, trained)
+                rule[_TRAINED] = _first(config, _keys(trained), where)
             return RopeScaling.parse(rule, f"{where} ({key})")
     return None
+
+
+def keys_read(family: Family) -> set[str]:
+    """The keys of a config.json, without what is nested in them, that the family reads or requires something of."""
+    words = [text for entry in family.config.values() for text in _texts(entry)]
+    return {word.partition(".")[0] for word in (*words, *family.require)}
+
+
+def _texts(entry: Any) -> Iterator[str]:
+    if isinstance(entry, str):
+        yield entry
+    elif isinstance(entry, list):
+        for part in entry:
+            yield from _texts(part)
+    elif isinstance(entry, Mapping):
+        for name, part in entry.items():
+            if name not in ("default", "names", "rule"):
+                yield from _texts(part)
 
 
 def config_from_spec(family: Family, spec: ModelSpec) -> dict[str, Any]:

@@ -90,7 +90,11 @@ def load_model(
     backend: str = "auto",
     seed: int = 0,
 ) -> Decoder:
-    """A model of this spec with random weights. `model_type`, where given, must be the spec's family."""
+    """A model of this spec with random weights. `model_type`, where given, must be the spec's family, or the one under
+    which its size is listed.
+    """
+    if not isinstance(config, ModelSpec):
+        raise TritiumError(f"config: must be a ModelSpec, as load_config gives it, got {type(config).__name__}")
     if model_type is not None and config.family not in get_family(model_type).members:
         raise TritiumError(f"model_type {model_type!r} does not fit a spec of the family {config.family!r}")
     device = pick_device(device)

@@ -53,9 +53,12 @@ class Family:
 
         Raises TritiumError if unknown.
         """
-        if size is None and self.default_size is None:
-            raise TritiumError(f"{self.name}: has no sizes of its own, give a checkpoint")
-        size = size or str(self.default_size)
+        if self.default_size is None:
+            others = [family for family in families().values() if family.name != self.name]
+            listed = [family.name for family in others if self.name in family.members]
+            where = f"; its sizes are listed under {' and '.join(listed)}" if listed else ""
+            raise TritiumError(f"{self.name}: has no sizes of its own{where}")
+        size = self.default_size if size is None else str(size)
         for path in self.folder.glob("*.yaml"):
             if path.stem.lower() == size.lower() and path.name != "family.yaml":
                 return path.stem
@@ -97,8 +100,10 @@ class Family:
             )
         if variant is None:
             variant = self.default_variant if self.default_variant in repositories else next(iter(repositories))
-        if variant not in repositories:
-            raise TritiumError(f"{self.name} {size}: unknown variant {variant!r}; {nearest(variant, repositories)}")
+        if str(variant) not in repositories:
+            raise TritiumError(
+                f"{self.name} {size}: unknown variant {variant!r}; {nearest(str(variant), repositories)}"
+            )
         return repositories[variant]
 
 
@@ -147,6 +152,7 @@ _OPTIONAL: dict[str, Any] = {
 def _read_merged(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A family.yaml with what it extends beneath it."""
     raw = read_yaml(path)
+    _check_sections(raw, path)
     if "extends" not in raw:
         return raw
     base = str(raw.pop("extends"))
@@ -162,6 +168,30 @@ def _read_merged(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]
         removed = [key for key, value in merged.items() if value is None and section in _REMOVABLE]
         raw[section] = {key: value for key, value in merged.items() if key not in removed}
     return {"ignore": parent.get("ignore", []), **raw}
+
+
+def _check_sections(raw: Mapping[str, Any], path: Path) -> None:
+    """Raises TritiumError for a section that is not of its kind, or names what there is not."""
+    for section in (*_MERGED, "hub", "bundled"):
+        if not isinstance(raw.get(section, {}), dict):
+            raise TritiumError(f"{path}: {section} must be keys and values, got {raw[section]!r}")
+    for section in ("model_types", "published", "ignore"):
+        if not isinstance(raw.get(section, []), list):
+            raise TritiumError(f"{path}: {section} must be a list, got {raw[section]!r}")
+    for section in ("traits", "config"):
+        for name in raw.get(section, {}):
+            if name not in ModelSpec.__dataclass_fields__:
+                known = nearest(str(name), ModelSpec.__dataclass_fields__)
+                raise TritiumError(f"{path}: {section}: unknown spec field {name!r}; {known}")
+    for key, rule in raw.get("require", {}).items():
+        if rule is not None and (not isinstance(rule, dict) or not {"equals", "each"} & set(rule)):
+            raise TritiumError(f"{path}: require: {key} must be {{equals: ...}} or {{each: ...}}, got {rule!r}")
+    for variant, pattern in raw.get("hub", {}).items():
+        try:
+            assert pattern.format(size="", SIZE="")
+        except (AssertionError, AttributeError, IndexError, KeyError, ValueError):
+            message = f"must be a repository, with {{size}} or {{SIZE}} in it, got {pattern!r}"
+            raise TritiumError(f"{path}: hub: {variant} {message}") from None
 
 
 def _folders() -> list[str]:
@@ -201,8 +231,8 @@ def families() -> dict[str, Family]:
 
 def get_family(name: str) -> Family:
     """Raises TritiumError for an unknown name, offering the nearest."""
-    if name.lower() not in families():
-        raise TritiumError(f"unknown model family {name!r}; {nearest(name, families())}")
+    if not isinstance(name, str) or name.lower() not in families():
+        raise TritiumError(f"unknown model family {name!r}; {nearest(str(name), families())}")
     return families()[name.lower()]
 
 

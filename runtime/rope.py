@@ -41,6 +41,11 @@ class RopeScaling:
         if not isinstance(rope_type, str) or rope_type not in _RULES:
             raise TritiumError(f"{where}: unknown rope_type {rope_type!r}; {nearest(str(rope_type), _RULES)}")
         needed, optional = _RULES[rope_type]
+        # What says nothing: an option at its neutral value, and a leftover that transformers does not read either.
+        neutral: dict[str, Any] = {"truncate": True, "mscale": None, "mscale_all_dim": None}
+        values = {
+            key: value for key, value in values.items() if key != "attn_factor" and neutral.get(key, key) != value
+        }
         unknown = sorted(set(values) - set(needed) - set(optional))
         missing = sorted(set(needed) - set(values))
         if unknown or missing:

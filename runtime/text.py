@@ -15,12 +15,12 @@ class TextGenerator:
     """Generates text with a loaded model and its tokenizer.
 
     `device` moves the model where it is not there yet. Options that are None take the checkpoint's own
-    generation_config.json, then temperature 1.0, top_k 0 (all) and top_p 0.9.
+    generation_config.json, then temperature 1.0, top_k 0 (all) and top_p 0.9. A repetition_penalty there has no effect.
     """
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer | None, device: str | torch.device | None = None) -> None:
         if tokenizer is None:
-            raise TritiumError("this checkpoint has no tokenizer.json: text needs one, token ids go to model.generate")
+            raise TritiumError("this checkpoint has no tokenizer file: text needs one, token ids go to model.generate")
         if tokenizer.vocab_size > model.config.vocab_size:
             raise TritiumError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's {model.config.vocab_size}"

@@ -20,11 +20,20 @@ from typing import Any
 
 from torch import Tensor
 
-from .errors import TritiumError
+from .errors import TritiumError, nearest
 from .registry import Family
 from .spec import ModelSpec
 
 Transform = Callable[[Tensor], Tensor]
+_LAYER = "stack.layers.{layer}."
+PARAMETERS = (  # what a decoder's parameters are called, whatever its traits
+    *("embedding.weight", "position_embedding.weight", "stack.norm.weight", "stack.norm.bias", "head.weight"),
+    *(f"{_LAYER}{norm}.{kind}" for norm in ("attention_norm", "mlp_norm") for kind in ("weight", "bias")),
+    *(f"{_LAYER}attention.{part}.{kind}" for part in ("qkv", "out") for kind in ("weight", "bias")),
+    *(f"{_LAYER}attention.{norm}.weight" for norm in ("q_norm", "k_norm")),
+    *(f"{_LAYER}mlp.{part}.{kind}" for part in ("up", "down") for kind in ("weight", "bias")),
+    *(f"{_LAYER}mlp.{part}" for part in ("router.weight", "up", "down")),
+)
 TIED = "head.weight"  # the parameter that a model with tied embeddings does not have
 
 
@@ -82,7 +91,7 @@ def _pieces(rule: Any, target: _Target, spec: ModelSpec, found: Container[str] |
     if isinstance(rule, str):
         yield Piece(target.source(rule), target.parameter, target.place, target.shape)
     elif isinstance(rule, Mapping) and set(rule) == {"cat", "rows"}:
-        rows = [int(getattr(spec, name)) for name in rule["rows"]]
+        rows = [_number(spec, name, where) for name in rule["rows"]]
         if sum(rows) != target.shape[0] or len(rows) != len(rule["cat"]):
             raise TritiumError(f"{where}: {target.parameter} has {target.shape[0]} rows, its map {rows}")
         start = 0
@@ -93,7 +102,7 @@ def _pieces(rule: Any, target: _Target, spec: ModelSpec, found: Container[str] |
             yield from _pieces(part, rows_of, spec, found, where)
             start += count
     elif isinstance(rule, Mapping) and set(rule) == {"permute_rope", "heads"}:
-        heads = int(spec[rule["heads"]])
+        heads = _number(spec, rule["heads"], where)
         for piece in _pieces(rule["permute_rope"], target, spec, found, where):
             load = (*piece.load, lambda tensor: to_half_split(tensor, heads))
             yield replace(piece, load=load, save=(lambda tensor: to_interleaved(tensor, heads), *piece.save))
@@ -102,19 +111,27 @@ def _pieces(rule: Any, target: _Target, spec: ModelSpec, found: Container[str] |
         for piece in _pieces(rule["transpose"], turned, spec, found, where):
             yield replace(piece, load=(*piece.load, Tensor.t), save=(Tensor.t, *piece.save))
     elif isinstance(rule, Mapping) and set(rule) == {"stack", "over"}:
-        count = int(spec[rule["over"]])
+        count = _number(spec, rule["over"], where)
         if count != target.shape[0]:
             raise TritiumError(f"{where}: {target.parameter} stacks {target.shape[0]}, its map {count}")
         for index in range(count):
             names = {**target.names, "expert": str(index)}
             part = replace(target, names=names, place=(*target.place, index), shape=target.shape[1:])
             yield from _pieces(rule["stack"], part, spec, found, where)
-    elif isinstance(rule, Mapping) and set(rule) == {"one_of"}:
+    elif isinstance(rule, Mapping) and set(rule) == {"one_of"} and rule["one_of"]:
         ways = [list(_pieces(way, target, spec, found, where)) for way in rule["one_of"]]
         there = [way for way in ways if found is not None and any(piece.source in found for piece in way)]
         yield from (there or ways)[0]
     else:
         raise TritiumError(f"{where}: {target.parameter} has the unknown weight rule {rule!r}")
+
+
+def _number(spec: ModelSpec, name: Any, where: str) -> int:
+    """A count that a rule names: a spec field, or a width that follows from some."""
+    value = getattr(spec, name, None) if isinstance(name, str) else None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TritiumError(f"{where}: a weight rule counts by {name!r}, which is no number of the spec")
+    return value
 
 
 class WeightMap:
@@ -144,12 +161,19 @@ class WeightMap:
         named = None if found is None else {self.canonical(name) for name in found}
         mapped = set()
         for pattern, rule in family.weights.items():
+            if pattern not in PARAMETERS:
+                raise TritiumError(
+                    f"{where}: weights: no parameter is called {pattern!r}; {nearest(pattern, PARAMETERS)}"
+                )
             for layer in range(spec.num_layers) if "{layer}" in pattern else [0]:
                 name = pattern.replace("{layer}", str(layer))
                 if name in shapes:
                     mapped.add(name)
                     target = _Target(name, {"layer": str(layer)}, (), shapes[name])
-                    self.pieces |= {piece.source: piece for piece in _pieces(rule, target, spec, named, where)}
+                    for piece in _pieces(rule, target, spec, named, where):
+                        if piece.source in self.pieces:
+                            raise TritiumError(f"{where}: {piece.source} is mapped to {name} and to what is before it")
+                        self.pieces[piece.source] = piece
                 elif name == TIED:  # a checkpoint may hold its tensor all the same
                     self.ignore += (rule,)
         if unmapped := sorted(set(shapes) - mapped):

@@ -215,7 +215,7 @@ def own_config(case: Case) -> dict[str, Any] | None:
             "vocab_size": VOCAB, "seq_length": 128, "max_position_embeddings": CONTEXT, "rotary_emb_base": 10000,
             "rotary_pct": 1.0, "no_bias": True, "scale_attn_weights": True, "tie_word_embeddings": False,
             "layer_norm_epsilon": 1e-6, "use_dynamic_ntk": True, "use_logn_attn": True, "bf16": False, "fp16": False,
-            "fp32": False, "use_flash_attn": "auto",
+            "fp32": False, "use_flash_attn": "auto", "torch_dtype": "float32",
         }  # fmt: skip
     return None
 

@@ -322,7 +322,7 @@ SPOILT: list[tuple[Spoil, list[str]]] = [
         (weights({NORM: torch.ones(16).to(dtype)}), [f"{{ck}}/{WEIGHTS}: {NORM} is {name};", "only unquantised"])
         for name, dtype in (("I8", torch.int8), ("I64", torch.int64), ("BOOL", torch.bool))
     ),
-    (remove("tokenizer.json"), ["no tokenizer.json", "model.generate"]),
+    (remove("tokenizer.json"), ["no tokenizer file", "model.generate"]),
     (put("tokenizer.json", "{}"), ["{ck}/tokenizer.json: not a tokenizer"]),
     (tokenizer_with_one_more, [f"the tokenizer has {VOCAB + 1} tokens, more than the model's {VOCAB}"]),
     (put("generation_config.json", '{"temperature": "hot"}'), ["temperature", "hot"]),
