@@ -115,6 +115,16 @@ def test_every_size_survives_the_way_through_a_config_json(name: str, size: str)
     assert sum(torch.Size(piece.shape).numel() for piece in pieces) == model.num_parameters()
 
 
+@pytest.mark.parametrize(("name", "size"), ALL)
+def test_every_size_builds(name: str, size: str) -> None:
+    """Whole, on the meta device; the count of the tables is that of its parameters."""
+    spec = get_family(name).spec(size)
+    with torch.device("meta"):
+        model = Decoder(spec)
+    assert len(model.stack.layers) == spec.num_layers
+    assert model.num_parameters() == parameter_count(spec)
+
+
 def test_a_size_without_a_layout_says_how_it_is_saved() -> None:
     spec = get_family("mobilellm").spec("671b")
     with pytest.raises(TritiumError, match=r'cannot express.*num_experts.*layout="tritium"'):
