@@ -4,7 +4,8 @@
 
 Shapes: outputs [T * k, N] by assignment (see routing.py), weights [T, k], r and r' [T, N].
 Rounding: the sum and the residual are in float32 (float64 stays) and round once to the dtype. The kernel takes j from 0
-to k - 1 by fused multiply-adds, then adds the residual: an output's bits depend on nothing else.
+to k - 1 by fused multiply-adds, then adds the residual: an output's bits depend on nothing else. An assignment that is
+in no expert may hold anything: it reaches its own token's row only.
 Floor: (T * k * N + 2 * T * N + T * k) * itemsize bytes moved; (2 k + 1) * T * N operations.
 """
 
@@ -16,6 +17,7 @@ from .launch import launch, register, require, tl, triton
 from .rms_norm import wide, wide_dtype
 
 WIDEST = 65535 * 128  # columns: blocks of the grid's second axis, at the smallest block of any table
+UNROLLED = 16  # experts: their loads are all on their way at once; of many more, the code would take minutes to compile
 
 
 def combine_reference(outputs: Tensor, weights: Tensor, residual: Tensor) -> Tensor:
@@ -28,6 +30,13 @@ def combine_reference(outputs: Tensor, weights: Tensor, residual: Tensor) -> Ten
 
 
 @triton.jit
+def _add(total, x_ptr, weight_ptr, mask):
+    """One expert's share."""
+    x = tl.load(x_ptr, mask=mask, other=0.0)
+    return tl.fma(x.to(tl.float32), tl.load(weight_ptr).to(tl.float32), total)
+
+
+@triton.jit
 def _combine_kernel(
     outputs_ptr,  # [T K, N], rows `stride_x` apart
     weights_ptr,  # [T, K], contiguous
@@ -37,6 +46,7 @@ def _combine_kernel(
     stride_r,
     N: tl.constexpr,
     K: tl.constexpr,
+    UNROLLED: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -44,10 +54,12 @@ def _combine_kernel(
     m_n = o_n < N
     residual = tl.load(residual_ptr + row * stride_r + o_n, mask=m_n, other=0.0)
     total = tl.zeros([BLOCK_N], dtype=tl.float32)
-    for j in tl.static_range(K):
-        x = tl.load(outputs_ptr + (row * K + j) * stride_x + o_n, mask=m_n, other=0.0)
-        weight = tl.load(weights_ptr + row * K + j).to(tl.float32)
-        total = tl.fma(x.to(tl.float32), weight, total)
+    if K <= UNROLLED:
+        for j in tl.static_range(K):
+            total = _add(total, outputs_ptr + (row * K + j) * stride_x + o_n, weights_ptr + row * K + j, m_n)
+    else:
+        for j in range(K):
+            total = _add(total, outputs_ptr + (row * K + j) * stride_x + o_n, weights_ptr + row * K + j, m_n)
     y = residual.to(tl.float32) + total
     tl.store(y_ptr + row * N + o_n, y.to(y_ptr.dtype.element_ty), mask=m_n)
 
@@ -88,6 +100,7 @@ def combine(outputs: Tensor, weights: Tensor, residual: Tensor) -> Tensor:
         residual.stride(0),
         N=width,
         K=k,
+        UNROLLED=UNROLLED,
         BLOCK_N=block,
         **options,
     )

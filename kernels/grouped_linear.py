@@ -4,9 +4,9 @@
 
 Shapes: x [T, K], weight [E, N, K], y [A, N] for A = T * k assignments (a = t * k + j is token t's j-th); gated: weight
 [E, 2F, K] with the gate's rows first, z [A, F]. order [A] int32 holds the assignments sorted by expert, and starts
-[E + 1] int32 says where each expert's begin: expert e has order[starts[e] : starts[e + 1]], every a is there once. Both
-come from `group` (kernels/routing.py). Their shapes are checked; their values are not, as this would have to wait for
-the device.
+[E + 1] int32 says where each expert's begin: expert e has order[starts[e] : starts[e + 1]], every a is there once, or
+nowhere: then its row of y or z is undefined (zeros by the definition), which reaches no other row. Both come from
+`group` (kernels/routing.py). Their shapes are checked; their values are not, as this would have to wait for the device.
 Rounding: as kernels/linear.py. Products accumulate in at least float32, and y rounds once to x's dtype. Gated: g and u
 round, silu is computed in float32 and rounds, the product rounds once more.
 Floor: the weights of the experts that have an assignment, (touched * N * K + T * K + A * N) * itemsize bytes (gated:
@@ -27,6 +27,7 @@ from torch import Tensor
 from . import tuning
 from .launch import launch, register, require, tl, triton
 from .linear import _add_product, _aligned, _finish, _tile, linear_reference
+from .routing import MOST_EXPERTS
 from .swiglu import swiglu_reference
 
 
@@ -48,15 +49,18 @@ def grouped_swiglu_reference(x: Tensor, weight: Tensor, order: Tensor, starts: T
 
 @triton.jit
 def _find(starts_ptr, tile, num_experts, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The expert of a tile, counted over all experts' tiles, and how many tiles are before that expert's; an expert
-    beyond the last where there is no such tile."""
+    """The expert of a tile, counted over all experts' tiles, and where in `order` the tile begins; an expert beyond the
+    last where there is no such tile."""
+    MOST: tl.constexpr = BLOCK_E * BLOCK_M  # more than the rows that all tiles together lack
     o_e = tl.arange(0, BLOCK_E)
     m_e = o_e < num_experts
     start = tl.load(starts_ptr + o_e, mask=m_e, other=0)
     end = tl.load(starts_ptr + o_e + 1, mask=m_e, other=0)
     ends = tl.cumsum(tl.cdiv(end - start, BLOCK_M), 0)
-    over = ends <= tile
-    return tl.sum(over.to(tl.int32), 0), tl.max(tl.where(over, ends, 0), 0)
+    lacking = ends * BLOCK_M - end
+    # Both grow from expert to expert, and come of one reduction: nothing may be read before it.
+    last = tl.max(tl.where(m_e & (ends <= tile), (o_e + 1) * MOST + lacking, 0), 0)
+    return last // MOST, tile * BLOCK_M - last % MOST
 
 
 @triton.jit(do_not_specialize=["num_tiles", "num_assignments"])
@@ -69,12 +73,12 @@ def _grouped_linear_kernel(
     num_tiles,  # of tokens, over all experts: at least as many as there are
     num_assignments,
     num_experts,
-    k,  # assignments that share a row of x
     N,
     units_k,  # K; like the strides in units of UNIT elements, which tells the compiler a divisor
     stride_x,
     stride_expert,
     stride_weight,
+    SHARING: tl.constexpr,  # assignments that share a row of x
     GATED: tl.constexpr,
     UNIT: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -94,7 +98,7 @@ def _grouped_linear_kernel(
     start_n = (first + within % size) * ROWS
     tile_m = within // size
 
-    expert, before = _find(starts_ptr, tile_m, num_experts, BLOCK_E, BLOCK_M)
+    expert, begin = _find(starts_ptr, tile_m, num_experts, BLOCK_E, BLOCK_M)
     if expert >= num_experts:
         return
     local = tl.arange(0, BLOCK_N)
@@ -105,15 +109,15 @@ def _grouped_linear_kernel(
     weight_ptr += expert.to(tl.int64) * stride_expert * UNIT
     weight_pointers = weight_ptr + (o_n.to(tl.int64) * stride_weight * UNIT)[:, None] + o_k[None, :]
     up_pointers = weight_pointers + tl.cast(N, tl.int64) * stride_weight * UNIT
-    place = tl.load(starts_ptr + expert) + (tile_m - before) * BLOCK_M + tl.arange(0, BLOCK_M)
+    place = begin + tl.arange(0, BLOCK_M)
     o_a = tl.load(order_ptr + place, mask=place < tl.load(starts_ptr + expert + 1), other=num_assignments)
     m_a = o_a < num_assignments
-    x_pointers = x_ptr + ((o_a // k).to(tl.int64) * stride_x * UNIT)[:, None] + o_k[None, :]
+    x_pointers = x_ptr + ((o_a // SHARING).to(tl.int64) * stride_x * UNIT)[:, None] + o_k[None, :]
 
     acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     up_acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     for step in range(0, K, BLOCK_K):
-        tile = _tile(weight_pointers, 0, step, m_n, o_k, K, EVEN_K, False)  # first: they need not wait for `order`
+        tile = _tile(weight_pointers, 0, step, m_n, o_k, K, EVEN_K, False)  # first: its address is not of `order`
         if GATED:
             up_tile = _tile(up_pointers, 0, step, m_n, o_k, K, EVEN_K, False)
         x_tile = tl.trans(_tile(x_pointers, 0, step, m_a, o_k, K, EVEN_K, False))
@@ -132,7 +136,8 @@ def _grouped_linear_kernel(
 def grouped_linear(x: Tensor, weight: Tensor, order: Tensor, starts: Tensor, k: int) -> Tensor:
     """The kernel: y [A, N], contiguous, in the order of assignments. float32, bfloat16 or float16, as the weight.
 
-    `k` is how many assignments share a row of x: A is T * k. The values of `order` and `starts` must be those that
+    `k` is how many assignments share a row of x: A is T * k; each k is compiled by itself. The last dimension of weight
+    must be contiguous. The values of `order` and `starts` must be those that
     `group` gives: they are not checked, and others may read or write what is not theirs.
 
     Raises RuntimeError where no kernel can run, TypeError and ValueError for what does not fit.
@@ -152,6 +157,11 @@ def _run(x: Tensor, weight: Tensor, order: Tensor, starts: Tensor, k: int, gated
     if weight.dtype != x.dtype:
         raise ValueError(f"weight must be {x.dtype} as x is, got {weight.dtype}")
     (tokens, depth), (experts, rows, _) = x.shape, weight.shape
+    if weight.stride(2) != 1 and depth > 1:
+        strides = f"the last dimension contiguous, got strides {list(weight.stride())}"
+        raise ValueError(f"weight {list(weight.shape)} must have {strides}: every call would copy all experts")
+    if experts > MOST_EXPERTS:
+        raise ValueError(f"weight {list(weight.shape)} has {experts} experts, and a kernel takes {MOST_EXPERTS}")
     if gated and rows % 2:
         raise ValueError(f"a gated weight must have as many up rows as gate rows, got {rows} in all")
     if k < 1:
@@ -168,8 +178,8 @@ def _run(x: Tensor, weight: Tensor, order: Tensor, starts: Tensor, k: int, gated
     if not experts:
         raise ValueError(f"{count} assignments need an expert, and weight {list(weight.shape)} has none")
     x = x if x.stride(1) == 1 else x.contiguous()
-    weight = weight if weight.stride(2) == 1 else weight.contiguous()
-    aligned = depth % 8 == 0 and weight.stride(0) % 8 == 0 and _aligned(x) and _aligned(weight[0])
+    based = weight.is_meta or weight.data_ptr() % 16 == 0
+    aligned = depth % 8 == weight.stride(0) % 8 == weight.stride(1) % 8 == 0 and based and _aligned(x)
     unit = 8 if aligned else 1
     options = tuning.config(
         "grouped_linear",
@@ -195,12 +205,12 @@ def _run(x: Tensor, weight: Tensor, order: Tensor, starts: Tensor, k: int, gated
         tiles,
         count,
         experts,
-        k,
         width,
         depth // unit,
         x.stride(0) // unit,
         weight.stride(0) // unit,
         weight.stride(1) // unit,
+        SHARING=k,
         GATED=gated,
         UNIT=unit,
         EVEN_K=depth % options["BLOCK_K"] == 0,

@@ -4,7 +4,8 @@
 
 (Shazeer et al. 2017, arXiv:1701.06538; Mixtral, arXiv:2401.04088, and Qwen3 renormalise.) An *assignment* a = t * k + j
 is token t's j-th expert. `group` sorts the assignments by expert, which is how grouped products read them: expert e
-owns order[starts[e] : starts[e + 1]].
+owns order[starts[e] : starts[e + 1]]. An id that is no expert's (-1, say, as a captured batch's padding has) places its
+assignment nowhere: starts[E] is how many are placed, and order is 0 from there on.
 
 Shapes: logits [T, E], experts [T, k] int32, likeliest first, weights [T, k]; order [T * k] and starts [E + 1], int32.
 Rounding: all in float32 (float64 stays); the weights round once to logits' dtype. The choice is one of the logits
@@ -49,9 +50,10 @@ def route_reference(logits: Tensor, k: int, renormalise: bool) -> tuple[Tensor, 
 
 def group_reference(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """The definition: experts [T, k] int32 -> order [T * k] and starts [num_experts + 1], int32."""
-    ordered, order = experts.flatten().sort(stable=True)
+    ids = experts.flatten()
+    ordered, order = ids.masked_fill((ids < 0) | (ids > num_experts), num_experts).sort(stable=True)
     bounds = torch.arange(num_experts + 1, dtype=experts.dtype, device=experts.device)
-    return order.int(), torch.searchsorted(ordered, bounds, out_int32=True)
+    return order.masked_fill(ordered == num_experts, 0).int(), torch.searchsorted(ordered, bounds, out_int32=True)
 
 
 @triton.jit
@@ -124,15 +126,13 @@ def _group_kernel(
     none = tl.num_programs(0)  # beyond the last assignment: neither below an expert nor equal to one
     local = tl.arange(0, BLOCK)
     first = tl.load(experts_ptr + local, mask=local < num_assignments, other=none)
-    below = tl.where(first < expert, 1, 0)
+    below = tl.where((first >= 0) & (first < expert), 1, 0)
     for start in range(BLOCK, num_assignments, BLOCK):
         o_a = start + local
         ids = tl.load(experts_ptr + o_a, mask=o_a < num_assignments, other=none)
-        below += tl.where(ids < expert, 1, 0)
+        below += tl.where((ids >= 0) & (ids < expert), 1, 0)
     place = tl.sum(below, axis=0)
     tl.store(starts_ptr + expert, place)
-    if expert == none - 1:
-        tl.store(starts_ptr + none, num_assignments)
     ids = first
     for start in range(0, num_assignments, BLOCK):
         mine = tl.where(ids == expert, 1, 0)
@@ -140,6 +140,11 @@ def _group_kernel(
         place += tl.sum(mine, axis=0)
         o_a = start + BLOCK + local
         ids = tl.load(experts_ptr + o_a, mask=o_a < num_assignments, other=none)
+    if expert == none - 1:
+        tl.store(starts_ptr + none, place)
+        for start in range(place, num_assignments, BLOCK):  # what nobody owns
+            o_a = start + local
+            tl.store(order_ptr + o_a, tl.zeros([BLOCK], dtype=tl.int32), mask=o_a < num_assignments)
 
 
 def route(logits: Tensor, k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
@@ -181,8 +186,8 @@ def route(logits: Tensor, k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
 def group(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """The kernel: order [T * k] and starts [num_experts + 1], int32, of experts [T, k] int32.
 
-    Each id must be 0 to num_experts - 1: they are on the device, where nothing checks them. Raises RuntimeError where
-    no kernel can run, TypeError and ValueError for what does not fit.
+    An id that is not 0 to num_experts - 1 places its assignment nowhere: order holds those that are placed, starts[-1]
+    in all, and then zeros. Raises RuntimeError where no kernel can run, TypeError and ValueError for what does not fit.
     """
     if not experts.is_meta and (why := obstacle(experts.device)) is not None:
         raise RuntimeError(f"a Triton kernel cannot run here: {why}; the definition (`*_reference`) runs anywhere")
@@ -197,11 +202,12 @@ def group(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     starts = torch.empty(num_experts + 1, dtype=torch.int32, device=experts.device)
     if not assignments:
         return order, starts.zero_()
-    options = dict(tuning.config("routing", experts.device, operation="group", experts=num_experts, rows=assignments))
-    block = min(options.pop("BLOCK"), triton.next_power_of_2(assignments))
+    # No block of its own for each count: a server would compile one after the other.
+    options = tuning.config("routing", experts.device, operation="group", experts=num_experts, rows=assignments)
     unit = math.gcd(assignments, 16 // experts.itemsize)
-    sizes = {"UNIT": unit, "BLOCK": block, **options}
-    launch(_group_kernel, (num_experts,), experts.contiguous(), order, starts, assignments // unit, **sizes)
+    launch(
+        _group_kernel, (num_experts,), experts.contiguous(), order, starts, assignments // unit, UNIT=unit, **options
+    )
     return order, starts
 
 

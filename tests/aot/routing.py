@@ -13,11 +13,7 @@ def to(tokens: int, experts: int, k: int, dtype: torch.dtype = torch.bfloat16, r
 
 def grouped(tokens: int, k: int, experts: int) -> Case:
     ids = meta(tokens, k, dtype=torch.int32)
-    return Case(
-        f"group {tokens} x {k} by {experts}",
-        lambda: group(ids, experts),
-        wide=tokens * k >= 512 and tokens * k % 4 == 0,
-    )
+    return Case(f"group {tokens} x {k} by {experts}", lambda: group(ids, experts), wide=tokens * k % 4 == 0)
 
 
 CASES = [

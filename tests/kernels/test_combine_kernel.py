@@ -9,7 +9,7 @@ from tritium.kernels.combine import combine, combine_reference
 from ..rule import DEVICE, DTYPES, assert_rule, draw, needs_gpu, room_around_outputs, same_bits, truth_of
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-SHAPES = [(1, 1, 1), (1, 8, 80), (3, 2, 255), (2, 3, 257), (2, 8, 513)]
+SHAPES = [(1, 1, 1), (1, 8, 80), (3, 2, 255), (2, 3, 257), (2, 8, 513), (2, 17, 40)]  # the last is not unrolled
 Inputs = tuple[Tensor, Tensor, Tensor]
 
 
@@ -68,19 +68,20 @@ def test_row_by_row() -> None:
     assert combine(outputs, weights, residual).tolist() == [[102.0, 220.0], [305.0, 450.0]]
 
 
-def test_sums_in_order_by_fused_multiply_adds_and_adds_the_residual_last() -> None:
+@pytest.mark.parametrize("k", [8, 16, 17, 64])
+def test_sums_in_order_by_fused_multiply_adds_and_adds_the_residual_last(k: int) -> None:
     """To the bit, in float32: another order, a product that rounds, a residual that comes first would each differ."""
-    outputs, weights, residual = drawn(2, 8, 256, torch.float32)
+    outputs, weights, residual = drawn(2, k, 256, torch.float32)
     total = torch.zeros(2, 256, dtype=torch.float64, device=DEVICE)
-    for j in range(8):
+    for j in range(k):
         # A product of two float32 is exact in float64, and so, nearly always, is that and one more rounded once.
-        exact = weights[:, j, None].double() * outputs.unflatten(0, (2, 8))[:, j].double() + total
+        exact = weights[:, j, None].double() * outputs.unflatten(0, (2, k))[:, j].double() + total
         total = exact.float().double()
     expected = (total + residual.double()).float()
     assert (combine(outputs, weights, residual) == expected).float().mean() == 1
     first = residual.clone()
-    for j in range(8):
-        first = torch.addcmul(first, outputs.unflatten(0, (2, 8))[:, j], weights[:, j, None])
+    for j in range(k):
+        first = torch.addcmul(first, outputs.unflatten(0, (2, k))[:, j], weights[:, j, None])
     assert (first != expected).float().mean() > 0.3
 
 

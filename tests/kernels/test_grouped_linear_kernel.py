@@ -368,7 +368,6 @@ def test_views_and_empty_input(monkeypatch: pytest.MonkeyPatch) -> None:
         (plain, within(weight, 8, 60, 136, at=(slice(0, 8, 2), slice(3, 27), few)), True),
         (plain, within(weight, 4, 24, 136, at=(slice(4), slice(24), slice(1, 65))), False),
         (plain, within(weight, 4, 24, 68, at=(slice(4), slice(24), few)), False),
-        (plain, weight.transpose(1, 2).contiguous().transpose(1, 2), True),
         (plain, weight.permute(1, 0, 2).contiguous().permute(1, 0, 2), True),
         (plain, draw(4, 24 * 64 + 4, dtype=torch.bfloat16)[:, :-4].unflatten(1, (24, 64)).copy_(weight), False),
     ]
@@ -447,6 +446,16 @@ def test_refuses_what_does_not_fit() -> None:
         (lambda: grouped_linear(x, weight, order, starts[:-1], k), ValueError, r"starts must be \[6\].*got \[5\]"),
         (lambda: grouped_linear(x, weight, order, starts.float(), k), ValueError, r"starts must be.*torch.float32"),
         (lambda: grouped_linear(x, weight[:0], order, starts[:1], k), ValueError, "6 assignments need an expert"),
+        (
+            lambda: grouped_linear(x, weight.mT.contiguous().mT, order, starts, k),
+            ValueError,
+            r"weight \[5, 6, 16\] must have the last dimension contiguous, got strides \[96, 1, 6\]",
+        ),
+        (
+            lambda: grouped_linear(x, weight[:1].expand(1025, 6, 16), order, order.new_zeros(1026), k),
+            ValueError,
+            "has 1025 experts, and a kernel takes 1024",
+        ),
         (lambda: grouped_linear(x.requires_grad_(), weight, order, starts, k), RuntimeError, "computes no gradients"),
     ]
     for call, error, message in cases:

@@ -86,14 +86,15 @@ def test_gradients_reach_the_chosen_logits() -> None:
 def naive_group(experts: Tensor, num_experts: int) -> tuple[list[int], list[int]]:
     flat = experts.flatten().tolist()
     order = [index for expert in range(num_experts) for index, one in enumerate(flat) if one == expert]
-    return order, [sum(one < expert for one in flat) for expert in range(num_experts + 1)]
+    starts = [sum(0 <= one < expert for one in flat) for expert in range(num_experts + 1)]
+    return order + [0] * (len(flat) - len(order)), starts
 
 
 @settings(deadline=None, max_examples=200)
 @given(st.integers(1, 12), st.integers(1, 4), st.data())
 def test_assignments_are_sorted_by_expert(num_experts: int, k: int, data: st.DataObject) -> None:
-    """Stable, experts without tokens among them, no tokens at all."""
-    rows = st.lists(st.lists(st.integers(0, num_experts - 1), min_size=k, max_size=k), max_size=9)
+    """Stable, experts without tokens among them, no tokens at all, ids that are no expert's."""
+    rows = st.lists(st.lists(st.integers(-2, num_experts + 1), min_size=k, max_size=k), max_size=9)
     experts = torch.tensor(data.draw(rows), dtype=torch.int32).reshape(-1, k)
     order, starts = group_reference(experts, num_experts)
     assert order.dtype == starts.dtype == torch.int32

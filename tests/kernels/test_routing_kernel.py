@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from tritium.kernels import tuning
+from tritium.kernels import routing, tuning
 from tritium.kernels.routing import group, group_reference, route, route_reference
 
 from ..rule import DEVICE, DTYPES, assert_rule, draw, needs_gpu, room_around_outputs, same_bits, truth_of
@@ -176,8 +176,8 @@ def check_group(experts: Tensor, count: int) -> None:
 @hypothetical
 @given(st.data(), st.integers(1, 6), st.integers(1, 3))
 def test_any_assignments(options: dict[str, int], data: st.DataObject, count: int, k: int) -> None:
-    """Experts without tokens, one expert with all, none at all; several blocks, and whole ones."""
-    rows = st.lists(st.integers(0, count - 1), min_size=k, max_size=k)
+    """Experts without tokens, one expert with all, none at all, ids of no expert; several blocks, and whole ones."""
+    rows = st.lists(st.integers(-2, count + 1), min_size=k, max_size=k)
     experts = data.draw(st.lists(rows, max_size=12))
     check_group(torch.tensor(experts, dtype=torch.int32, device=DEVICE).reshape(-1, k), count)
 
@@ -193,6 +193,27 @@ def test_the_blocks_of_the_tables() -> None:
     check_group(ids(1, 8, 16), 16)
     for tokens in (512, 513, 4096, 4097, 65536):
         check_group(ids(tokens, 1, 3, seed=tokens), 3)
+
+
+@pytest.mark.parametrize("none", [-1, 3, -(2**31), 2**31 - 1])
+def test_ids_of_no_expert(none: int, options: dict[str, int]) -> None:
+    """Among others, first, last, more than two blocks of them, nothing else: every index is one of an assignment."""
+    few, padding = ids(7, 2, 3), torch.full((11, 2), none, dtype=torch.int32, device=DEVICE)
+    for experts in (torch.cat([few, padding]), torch.cat([padding, few]), padding, padding[:1]):
+        check_group(experts, 3)
+    order, starts = group(torch.cat([few, padding, few]), 3)
+    assert starts[-1] == 28
+    assert order[28:].eq(0).all()
+    assert set(order[:28].tolist()) == {*range(14), *range(36, 50)}
+
+
+def test_one_kernel_for_most_numbers_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every other constexpr is compiled anew, while a server waits."""
+    seen: set[tuple[Any, ...]] = set()
+    monkeypatch.setattr(routing, "launch", lambda *args, **options: seen.add(tuple(sorted(options.items()))))
+    for tokens in range(1, 700):
+        group(torch.empty(tokens, 8, dtype=torch.int32, device=DEVICE), 128)
+    assert 1 < len(seen) <= 3
 
 
 @needs_gpu
