@@ -13,6 +13,7 @@ import secrets
 import sys
 from collections.abc import Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,8 +45,11 @@ def spent(row: Mapping[str, Any]) -> bool:
 
 
 def find(operation: str, smoke: bool) -> dict[str, Case]:
-    """The cases of an operation, by name and in order."""
-    module = import_module(f".{operation}" if operation in WHOLE else f".kernels.{operation}", __package__)
+    """The cases of an operation, by name and in order. A backward that is in its operation's file has that one's."""
+    file = operation
+    if not (Path(__file__).parent / "kernels" / f"{operation}.py").is_file():
+        file = operation.removesuffix("_backward")
+    module = import_module(f".{file}" if file in WHOLE else f".kernels.{file}", __package__)
     return {case.name: case for case in (module.SMOKE if smoke else module.CASES)}
 
 

@@ -93,8 +93,8 @@ def require(x: Tensor, *others: Tensor | None) -> None:
             raise ValueError(f"tensors lie on {x.device} and {other.device}: they must be on one device")
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, *others)):
         raise RuntimeError(
-            "a launcher computes no gradients: call it under torch.no_grad(), or call torch.ops.tritium, which "
-            "differentiates the definition"
+            "a launcher computes no gradients: call it under torch.no_grad(), or call torch.ops.tritium, whose "
+            "operations have them"
         )
 
 
@@ -117,13 +117,20 @@ _LIBRARY = torch.library.Library("tritium", "DEF")
 
 
 def register(
-    schema: str, launcher: Callable[..., Any], reference: Callable[..., Any], fake: Callable[..., Any] | None = None
+    schema: str,
+    launcher: Callable[..., Any],
+    reference: Callable[..., Any],
+    fake: Callable[..., Any] | None = None,
+    gradient: Callable[..., tuple[Any, ...]] | None = None,
 ) -> None:
     """Makes `torch.ops.tritium.<name>` of a launcher, for `torch.compile(fullgraph=True)`, export and other callers.
 
     Where no kernel can run (a CPU), the operation is its definition. `fake` computes the outputs' shapes; it is
-    needless where the operation only writes into its arguments. Gradients are the definition's, computed anew from the
-    inputs; an operation that writes into its arguments has none.
+    needless where the operation only writes into its arguments.
+
+    `gradient(inputs, needed, *gradients)` gives a gradient, or None, for each of the inputs, of which `needed` says
+    whether anything wants it; it must call registered operations, so that it can be traced. Without it, gradients are
+    the definition's, computed anew from the inputs; an operation that writes into its arguments has none.
     """
     name = schema.partition("(")[0]
 
@@ -139,13 +146,25 @@ def register(
         _LIBRARY.impl(name, run, key)
     torch.library.register_fake(f"tritium::{name}", fake or (lambda *args, **kwargs: None), lib=_LIBRARY)
     if "!" not in schema:
-        backward = _backward_of(reference)
+        backward = _backward_of(reference) if gradient is None else _backward_by(gradient)
         torch.library.register_autograd(f"tritium::{name}", backward, setup_context=_keep_inputs, lib=_LIBRARY)
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.set_materialize_grads(False)  # an output that nothing used has no gradient, not one of zeros to be read
     ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
     ctx.others = [None if isinstance(value, Tensor) else (value,) for value in inputs]
+
+
+def _backward_by(gradient: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
+    """The backward of autograd that calls `gradient`."""
+
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        saved = iter(ctx.saved_tensors)
+        inputs = tuple(next(saved) if other is None else other[0] for other in ctx.others)
+        return gradient(inputs, ctx.needs_input_grad, *gradients)
+
+    return backward
 
 
 def _backward_of(reference: Callable[..., Any]) -> Callable[..., Any]:

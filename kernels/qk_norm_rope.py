@@ -275,7 +275,7 @@ def qk_norm_rope(
     Raises RuntimeError where no kernel can run, TypeError and ValueError for what does not fit.
     """
     qkv = qkv if qkv.dim() != 2 or qkv.stride(1) == 1 else qkv.contiguous()
-    head_dim = _check(qkv, num_heads, num_kv_heads, table, positions, rope_dtype, norm, weight, query_scale)
+    head_dim = check(qkv, num_heads, num_kv_heads, table, positions, rope_dtype, norm, weight, query_scale)
     q = qkv.new_empty(qkv.shape[0], num_heads, head_dim)
     k = qkv.new_empty(qkv.shape[0], num_kv_heads, head_dim)
     v = qkv.unflatten(1, (-1, head_dim))[:, num_heads + num_kv_heads :]
@@ -305,7 +305,7 @@ def qk_norm_rope_cache(
     nothing. Slots outside the cache are not seen here: refuse them on the host.
     """
     qkv = qkv if qkv.dim() != 2 or qkv.stride(1) == 1 else qkv.contiguous()
-    head_dim = _check(qkv, num_heads, num_kv_heads, table, positions, rope_dtype, norm, weight, query_scale)
+    head_dim = check(qkv, num_heads, num_kv_heads, table, positions, rope_dtype, norm, weight, query_scale)
     require(qkv, k_cache, v_cache, slots)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if cache.dim() != 4 or (cache.shape[0], cache.shape[3], cache.dtype) != (num_kv_heads, head_dim, qkv.dtype):
@@ -320,7 +320,7 @@ def qk_norm_rope_cache(
     return q
 
 
-def _check(
+def check(
     qkv: Tensor,
     num_heads: int,
     num_kv_heads: int,
@@ -331,7 +331,7 @@ def _check(
     weight: Tensor | None,
     query_scale: Tensor | None,
 ) -> int:
-    """Raises what a caller's mistake deserves; the head's width."""
+    """Raises what a caller's mistake deserves, of this operation or of its gradient; the head's width."""
     require(qkv, table, positions, weight, query_scale)
     count = num_heads + 2 * num_kv_heads
     if num_heads < 1 or num_kv_heads < 1:
@@ -445,14 +445,20 @@ def _fake_qk(qkv: Tensor, num_heads: int, num_kv_heads: int, *_: Any) -> tuple[T
     return q, q.new_empty(q.shape[0], num_kv_heads, q.shape[2])
 
 
+def _gradient(*args: Any) -> tuple[Any, ...]:
+    from .qk_norm_rope_backward import gradient  # which stands on this file
+
+    return gradient(*args)
+
+
 # An operation may not return its input or a view of it: v is left out, and what the definitions give is copied.
-_ARGUMENTS = (
+ARGUMENTS = (
     "Tensor qkv, int num_heads, int num_kv_heads, Tensor? table, Tensor? positions, ScalarType rope_dtype, bool norm, "
     "Tensor? weight, float eps, bool norm_first, Tensor? query_scale"
 )
-register(f"qk_norm_rope({_ARGUMENTS}=None) -> (Tensor, Tensor)", _qk_launch, _qk_definition, _fake_qk)
+register(f"qk_norm_rope({ARGUMENTS}=None) -> (Tensor, Tensor)", _qk_launch, _qk_definition, _fake_qk, _gradient)
 register(
-    f"qk_norm_rope_cache({_ARGUMENTS}, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) -> Tensor",
+    f"qk_norm_rope_cache({ARGUMENTS}, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) -> Tensor",
     qk_norm_rope_cache,
     _cache_definition,
     _fake_q,

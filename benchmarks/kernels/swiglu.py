@@ -1,14 +1,17 @@
-"""Does the gated activation move its bytes as fast as a copy does?
+"""Do the gated activation and its gradient move their bytes as fast as a copy does?
 
 8192 x 32768 is the shape of a published figure; the others are the feed-forward widths of models.
 """
 
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
+import torch
 from torch import Tensor
-from tritium.kernels.swiglu import swiglu_reference
+from tritium.kernels.swiglu import swiglu_backward_reference, swiglu_reference
 
-from ..case import Case, Draw, call, kernel
+from ..case import Call, Case, Draw, Prepare, call, kernel
 from ..peers import compiled, flashinfer, liger
 from ..shapes import ITEM, MODELS, spec
 
@@ -41,8 +44,61 @@ def _make(draw: Draw, rows: int, width: int) -> Tensor:
     return draw.normal(rows, 2 * width)
 
 
+def differentiated(function: Callable[..., Any], wanted: Sequence[int], outputs: int = 1) -> Prepare:
+    """Autograd's backward of `function` alone, a contender on (a gradient for each of the outputs, the arguments).
+
+    The call gives the gradients of the arguments that `wanted` counts; the forward pass, and what it saves, come before
+    the timing.
+    """
+
+    def prepare(*args: Any) -> Call:
+        with torch.inference_mode(False), torch.enable_grad():
+            given = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]  # what is drawn is for inference
+            upstream, rest = given[:outputs], given[outputs:]
+            leaves = [rest[index].requires_grad_() for index in wanted]
+            found = function(*rest)
+        results = [found] if isinstance(found, Tensor) else list(found)
+
+        def run() -> Any:
+            with torch.inference_mode(False):
+                return torch.autograd.grad(results, leaves, upstream, retain_graph=True)
+
+        return run
+
+    return prepare
+
+
+def _liger_backward(dy: Tensor, gate_up: Tensor) -> Call:
+    """Liger-Kernel writes the gradients over gate and up: right at the first call only, but as much work at each."""
+    function = import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction.apply
+    return differentiated(function, wanted=(0, 1))(dy, *_apart(gate_up))
+
+
+def backward(rows: int, width: int) -> Case:
+    def observe(out: Any, args: Sequence[Any]) -> list[Tensor]:
+        return [out if isinstance(out, Tensor) else torch.cat(list(out), -1)]  # Liger-Kernel's are apart
+
+    return Case(
+        name=f"backward {rows} x {width}",
+        make=lambda draw: (draw.normal(rows, width), _make(draw, rows, width)),
+        ours=kernel("swiglu", "swiglu_backward"),
+        definition=swiglu_backward_reference,
+        observe=observe,
+        reads=3 * rows * width * ITEM,
+        writes=2 * rows * width * ITEM,
+        flop=12 * rows * width,
+        peers={
+            "torch": differentiated(swiglu_reference, wanted=(0,)),
+            "torch.compile": compiled(swiglu_backward_reference),
+            "liger": _liger_backward,
+        },
+    )
+
+
 CASES = [
     swiglu(8192, 32768),
     *(swiglu(rows, spec(model).hidden_dim) for model in MODELS for rows in (1, 4096)),
+    backward(8192, 32768),
+    *(backward(4096, spec(model).hidden_dim) for model in MODELS),
 ]
-SMOKE = [swiglu(3, 48)]
+SMOKE = [swiglu(3, 48), backward(3, 48)]

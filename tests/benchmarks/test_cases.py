@@ -12,6 +12,7 @@ from tritium.benchmarks.peers import sdpa
 from tritium.benchmarks.shapes import ITEM, MODELS, projections
 from tritium.benchmarks.suite import KERNELS, OPERATIONS
 from tritium.benchmarks.worker import find
+from tritium.kernels import tuning
 from tritium.kernels.attention import attention_reference
 from tritium.kernels.sampling import sample_reference
 
@@ -82,6 +83,13 @@ def test_floors_of_experts() -> None:
     assert layers["30B-A3B layer 1"].reads == 2 * (8 * 3 * 768 * 2048 + 128 * 2048 + 2 * 2048)
     assert layers["30B-A3B layer 2048"].reads == 2 * (128 * 3 * 768 * 2048 + 128 * 2048 + 2 * 2048 * 2048)
     assert layers["30B-A3B layer 2048"].flop == 2 * 2048 * (8 * 3 * 768 * 2048 + 128 * 2048)
+
+
+@pytest.mark.parametrize("table", tuning.load("sm_90"))
+def test_every_table_can_be_tuned(table: str) -> None:
+    """`tritium tune` finds cases for each table by its name: those of the file that its operation is in."""
+    assert len(find(table, smoke=False)) > 0
+    assert len(find(table, smoke=True)) > 0
 
 
 def test_floors_of_attention() -> None:

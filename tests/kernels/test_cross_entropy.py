@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from tritium.kernels.cross_entropy import IGNORE_INDEX, cross_entropy_reference
+from tritium.kernels.cross_entropy import IGNORE_INDEX, cross_entropy_backward_reference, cross_entropy_reference
 
 
 def naive(logits: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX) -> float:
@@ -103,3 +104,45 @@ def test_gradients() -> None:
         expected[row, labels[row]] -= 1
     expected[1] = 0
     torch.testing.assert_close(first, expected / 3, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_smoothing_and_reduction_are_pytorchs(smoothing: float, reduction: str) -> None:
+    """Which smooths towards the uniform distribution, the label included."""
+    torch.manual_seed(5)
+    logits, labels = torch.randn(6, 11, dtype=torch.float64) * 3, torch.tensor([3, -100, 0, 10, 10, -100])
+    expected = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction=reduction)
+    loss = cross_entropy_reference(logits, labels, label_smoothing=smoothing, reduction=reduction)
+    torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
+
+
+def test_z_loss_is_the_square_of_logsumexp() -> None:
+    """Added to each row that counts, whatever the smoothing; by hand: two words of logit 1 have ln(2) + 1."""
+    logits, labels = torch.ones(3, 2, dtype=torch.float64), torch.tensor([0, 1, IGNORE_INDEX])
+    extra = 0.5 * (math.log(2) + 1) ** 2
+    for smoothing in (0.0, 0.3):
+        loss = cross_entropy_reference(logits, labels, label_smoothing=smoothing, z_loss=0.5)
+        assert loss.item() == pytest.approx(math.log(2) + extra, rel=1e-14)
+    loss = cross_entropy_reference(logits, labels, z_loss=0.5, reduction="sum")
+    assert loss.item() == pytest.approx(2 * (math.log(2) + extra), rel=1e-14)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.2, 0.0), (0.0, 0.01), (0.2, 0.01)])
+@pytest.mark.parametrize("vocab", [1, 7])
+def test_the_backward_is_autograds(vocab: int, smoothing: float, z_loss: float, reduction: str) -> None:
+    """In float64; exactly 0 in ignored rows, those that hold no numbers too; and it is itself differentiable."""
+    torch.manual_seed(6)
+    logits = torch.randn(5, vocab, dtype=torch.float64) * 3
+    labels = torch.tensor([0, -100, vocab - 1, -100, vocab // 2])
+    logits[3] = math.nan
+    options = (IGNORE_INDEX, smoothing, z_loss, reduction)
+    leaf, share = logits.clone().requires_grad_(), torch.tensor(0.7, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(cross_entropy_reference(leaf, labels, *options), leaf, share)
+    found = cross_entropy_backward_reference(logits, labels, share, *options)
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-15)
+    assert torch.equal(found[1::2], torch.zeros(2, vocab, dtype=torch.float64))
+    half = cross_entropy_backward_reference(logits.half(), labels, share.float(), *options)
+    assert half.dtype == torch.float16
+    torch.testing.assert_close(half.double(), expected, rtol=0.02, atol=1e-3)

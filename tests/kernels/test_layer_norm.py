@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from tritium.kernels.layer_norm import layer_norm_reference
+from tritium.kernels.layer_norm import layer_norm_backward_reference, layer_norm_reference
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -113,3 +113,36 @@ def test_gradients() -> None:
     first = torch.autograd.grad(out, (x, weight, bias), upstream, retain_graph=True)
     second = torch.autograd.grad(out, (x, weight, bias), upstream)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("affine", ["both", "weight", "bias", "none"])
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_the_backward_is_what_autograd_finds(rows: int, affine: str) -> None:
+    """In float64, eps of the size of the variance: a mean or a factor lost, or the eps outside the root, would show."""
+    torch.manual_seed(7)
+    x, dy = torch.randn(2, rows, 7, dtype=torch.float64) + 1
+    x.requires_grad_()
+    weight = torch.randn(7, dtype=torch.float64, requires_grad=True) if affine in ("both", "weight") else None
+    bias = torch.randn(7, dtype=torch.float64, requires_grad=True) if affine in ("both", "bias") else None
+    wanted = [tensor for tensor in (x, weight, bias) if tensor is not None]
+    expected = torch.autograd.grad(layer_norm_reference(x, weight, bias, 0.3), wanted, dy)
+    with torch.no_grad():
+        found = layer_norm_backward_reference(dy, x, weight, 0.3, weight is not None, bias is not None)
+    assert [gradient.numel() for gradient in found[1:]] == [7 * (weight is not None), 7 * (bias is not None)]
+    mine = [found[index] for index, tensor in enumerate((x, weight, bias)) if tensor is not None]
+    for gradient, theirs in zip(mine, expected, strict=True):
+        torch.testing.assert_close(gradient, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_the_backward_rounds_once(dtype: torch.dtype) -> None:
+    """Bit for bit the float64 gradient, rounded, where float32 noise cannot decide."""
+    torch.manual_seed(8)
+    x, dy = torch.randn(2, 64, 96).to(dtype)
+    weight = torch.randn(96).to(dtype)
+    found = layer_norm_backward_reference(dy, x, weight, 1e-5)
+    exact = layer_norm_backward_reference(dy.double(), x.double(), weight.double(), 1e-5)
+    for mine, truth in zip(found, exact, strict=True):
+        certain = (truth * (1 - 2e-6) - 2e-6).to(dtype) == (truth * (1 + 2e-6) + 2e-6).to(dtype)
+        assert certain.float().mean() > 0.9
+        assert torch.equal(mine[certain], truth.to(dtype)[certain])

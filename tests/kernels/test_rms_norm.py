@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from tritium.kernels.rms_norm import rms_norm_reference
+from tritium.kernels.rms_norm import add_rms_norm_reference, rms_norm_backward_reference, rms_norm_reference
 
 HALVES = [torch.bfloat16, torch.float16]
 EPS = 1e-6
@@ -154,3 +154,64 @@ def test_a_gradient_taken_twice_is_the_same() -> None:
     first = torch.autograd.grad(out, (x, weight), upstream, retain_graph=True)
     second = torch.autograd.grad(out, (x, weight), upstream)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_the_backward_is_what_autograd_finds(rows: int, weighted: bool) -> None:
+    """In float64, eps of the size of the squares: a factor lost, or the eps outside the root, would show."""
+    torch.manual_seed(9)
+    x, dy = torch.randn(2, rows, 7, dtype=torch.float64)
+    weight = torch.randn(7, dtype=torch.float64, requires_grad=True) if weighted else None
+    x.requires_grad_()
+    wanted = [x] if weight is None else [x, weight]
+    expected = torch.autograd.grad(rms_norm_reference(x, weight, 0.3), wanted, dy)
+    with torch.no_grad():
+        dx, dweight = rms_norm_backward_reference(dy, x, weight, 0.3)
+        assert rms_norm_backward_reference(dy, x, weight, 0.3, False)[1].shape == (0,)
+    found = [dx] if weight is None else [dx, dweight]
+    assert dweight.shape == (7 if weighted else 0,)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_the_backward_of_a_weight_for_each_head() -> None:
+    """Whatever the definition broadcasts, its gradient sums."""
+    torch.manual_seed(10)
+    x, dy = torch.randn(2, 4, 3, 16, dtype=torch.float64)
+    weight = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(rms_norm_reference(x, weight, EPS), weight, dy)
+    found = rms_norm_backward_reference(dy, x, weight.detach(), EPS)[1]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_the_backward_with_a_residual(streamed: bool) -> None:
+    """x and the residual receive the same: what came through the norm, and the sum's own gradient."""
+    torch.manual_seed(11)
+    x, residual, dy, dstream = torch.randn(4, 3, 5, dtype=torch.float64)
+    weight = torch.randn(5, dtype=torch.float64)
+    inputs = [tensor.clone().requires_grad_() for tensor in (x, residual, weight)]
+    y, stream = add_rms_norm_reference(*inputs, 0.3)
+    (y * dy + stream * dstream * streamed).sum().backward()
+    given = dstream if streamed else None
+    dx, dweight = rms_norm_backward_reference(dy, x, weight, 0.3, True, residual, given)
+    for mine, theirs in zip((dx, dx, dweight), inputs, strict=True):
+        torch.testing.assert_close(mine, theirs.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_the_backward_rounds_once(dtype: torch.dtype) -> None:
+    """Bit for bit the float64 gradient, rounded, where float32 noise cannot decide."""
+    torch.manual_seed(12)
+    x, dy, residual, dstream = torch.randn(4, 64, 128).to(dtype)
+    weight = torch.randn(128).to(dtype)
+    found = rms_norm_backward_reference(dy, x, weight, EPS, True, residual, dstream)
+    stream = residual + x
+    doubles = [tensor.double() for tensor in (dy, stream, weight)]
+    exact = list(rms_norm_backward_reference(*doubles, EPS))
+    exact[0] += dstream.double()
+    for mine, truth in zip(found, exact, strict=True):
+        certain = (truth * (1 - 1e-6) - 1e-6).to(dtype) == (truth * (1 + 1e-6) + 1e-6).to(dtype)
+        assert certain.float().mean() > 0.9
+        assert torch.equal(mine[certain], truth.to(dtype)[certain])

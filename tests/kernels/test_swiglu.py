@@ -1,11 +1,11 @@
-"""SwiGLU's definition against a naive one in float64, and its two roundings."""
+"""SwiGLU's definition against a naive one in float64, and its two roundings; its gradient's against autograd."""
 
 import math
 
 import pytest
 import torch
 from torch import Tensor
-from tritium.kernels.swiglu import swiglu_reference
+from tritium.kernels.swiglu import swiglu_backward_reference, swiglu_reference
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -89,3 +89,29 @@ def test_gradients() -> None:
     (first,) = torch.autograd.grad(out, gate_up, upstream, retain_graph=True)
     (second,) = torch.autograd.grad(out, gate_up, upstream)
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("shape", [(0, 6), (4, 0), (1, 2), (5, 56), (2, 3, 10), (8,)])
+def test_the_gradients_definition_is_autograds_in_float64(shape: tuple[int, ...]) -> None:
+    """dgate and dup exchanged, or the slope of the sigmoid left out, would show."""
+    torch.manual_seed(4)
+    gate_up = (torch.randn(*shape, dtype=torch.float64) * 3).requires_grad_()
+    out = swiglu_reference(gate_up)
+    dy = torch.randn_like(out)
+    (expected,) = torch.autograd.grad(out, gate_up, dy)
+    got = swiglu_backward_reference(dy, gate_up.detach())
+    assert got.is_contiguous()
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_each_gradient_rounds_once(dtype: torch.dtype) -> None:
+    """Bit for bit the float64 gradient's rounding, away from ties: no rounded silu, no rounded product between."""
+    torch.manual_seed(5)
+    gate_up, dy = (torch.randn(32, 64) * 2).to(dtype), torch.randn(32, 32).to(dtype)
+    exact = swiglu_backward_reference(dy.double(), gate_up.double())
+    certain = (exact - 1e-6).to(dtype) == (exact + 1e-6).to(dtype)
+    assert certain.float().mean() > 0.9
+    assert torch.equal(swiglu_backward_reference(dy, gate_up)[certain], exact.to(dtype)[certain])
+    twice = dy * torch.nn.functional.silu(gate_up[:, :32])
+    assert (twice != exact[:, 32:].to(dtype)).float().mean() > 0.1  # else this test would prove nothing

@@ -1,8 +1,12 @@
-"""The SwiGLU kernel: the rule, its two roundings, batch invariance, views, extremes, what it refuses."""
+"""The SwiGLU kernel and its gradient's: the rule, roundings, batch invariance, views, extremes, what they refuse."""
+
+from typing import Any
 
 import pytest
 import torch
-from tritium.kernels.swiglu import swiglu, swiglu_reference
+from torch import Tensor
+from tritium.kernels import launch
+from tritium.kernels.swiglu import swiglu, swiglu_backward, swiglu_backward_reference, swiglu_reference
 
 from ..rule import DEVICE, DTYPES, assert_rule, draw, needs_gpu, room_around_outputs, same_bits, truth_of
 
@@ -148,3 +152,186 @@ def test_registered() -> None:
     compiled = torch.compile(lambda x: op(x), fullgraph=True, backend="aot_eager")(gate_up)
     assert same_bits(compiled, op(gate_up))
     assert same_bits(op(gate_up), swiglu(gate_up))
+
+
+# The gradient
+
+
+def autograds(dy: Tensor, gate_up: Tensor) -> Tensor:
+    """Autograd's gradient of the definition in float64, of (rounded) inputs."""
+    leaf = gate_up.double().requires_grad_()
+    (gradient,) = torch.autograd.grad(swiglu_reference(leaf), leaf, dy.double())
+    return gradient
+
+
+def check_backward(rows: int, width: int, dtype: torch.dtype, scale: float = 3.0) -> None:
+    gate_up, dy = draw(rows, 2 * width, dtype=dtype, scale=scale), draw(rows, width, dtype=dtype, seed=1)
+    got, expected, truth = swiglu_backward(dy, gate_up), swiglu_backward_reference(dy, gate_up), autograds(dy, gate_up)
+    for part in (slice(None, width), slice(width, None)):  # a large gradient of one would hide a wrong one of the other
+        assert_rule(got[:, part], expected[:, part], truth[:, part], f"{rows}x{width} {part}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_backward_rule(width: int, dtype: torch.dtype) -> None:
+    check_backward(5, width, dtype)
+    check_backward(1, width, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backward_rule_for_many_rows(dtype: torch.dtype) -> None:
+    """Above 64 rows another configuration runs."""
+    check_backward(65, 80, dtype)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), FULL)
+def test_backward_rule_in_full(rows: int, width: int, dtype: torch.dtype) -> None:
+    check_backward(rows, width, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1e-4, 80.0])
+def test_backward_of_extreme_magnitudes(scale: float, dtype: torch.dtype) -> None:
+    check_backward(3, 96, dtype, scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backward_of_large_gates_saturates_without_overflow(dtype: torch.dtype) -> None:
+    """silu's slope is 0 far below zero, 1 far above and 1/2 at zero; exp(10000) must not make NaN of 0 * inf."""
+    gate = torch.tensor([-10000.0, -200.0, 0.0, 200.0, 10000.0]).to(dtype).to(DEVICE)
+    gradient = swiglu_backward(torch.full_like(gate, 2.0), torch.cat((gate, torch.full_like(gate, 3.0))))
+    assert gradient.tolist() == [0.0, 0.0, 3.0, 6.0, 6.0, 0.0, 0.0, 0.0, 400.0, 2 * gate[-1].item()]
+
+
+def test_backward_views_and_empty_input() -> None:
+    """Strided rows, transposed columns, more dimensions, one, expanded dy; no rows, no columns."""
+    storage, dys = draw(6, 4, 160, dtype=torch.float32), draw(6, 4, 90, dtype=torch.float32, seed=1)
+    expanded = dys[0, 0, 0].expand(6, 4, 80)
+    for x, dy in (
+        (storage[:, 1], dys[:, 2, :80]),
+        (storage[::2], dys[1::2, :, 7:87]),
+        (storage.transpose(0, 1), dys[..., :80].transpose(0, 1)),
+        (storage[0, 0], dys[0, 0, :80]),
+        (storage, expanded),
+        (storage, dys[:, :1, :80].expand(6, 4, 80)),
+        (storage[0], dys[0, :, :80].t().contiguous().t()),
+        (storage[0].t().contiguous().t(), dys[0, :, ::2].repeat(1, 2)[:, :80]),
+    ):
+        gradient = swiglu_backward(dy, x)
+        assert gradient.is_contiguous()
+        assert gradient.shape == x.shape
+        assert same_bits(gradient, swiglu_backward(dy.contiguous(), x.contiguous()))
+        assert_rule(gradient, swiglu_backward_reference(dy, x), autograds(dy, x))
+    assert swiglu_backward(dys[:0, :, :80], storage[:0]).shape == (0, 4, 160)
+    assert swiglu_backward(dys[..., :0], storage[..., :0]).shape == (6, 4, 0)
+
+
+def test_backward_depends_on_its_row_alone_and_repeats() -> None:
+    """To the bit: alone, in the configuration of many rows, beside NaN, and again."""
+    gate_up, dy = draw(70, 112, dtype=torch.bfloat16), draw(70, 56, dtype=torch.bfloat16, seed=1)
+    whole = swiglu_backward(dy, gate_up)
+    assert same_bits(swiglu_backward(dy, gate_up), whole)
+    for rows in (slice(1), slice(3, 20)):
+        assert same_bits(swiglu_backward(dy[rows], gate_up[rows]), whole[rows])
+    beside, beside_dy = torch.full_like(gate_up, float("nan")), torch.full_like(dy, float("nan"))
+    beside[8], beside_dy[8] = gate_up[8], dy[8]
+    assert same_bits(swiglu_backward(beside_dy, beside)[8], whole[8])
+
+
+def test_backward_overwrites_nothing_and_writes_nothing_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither what was saved nor the gradient that came in, which others may still use; room around keeps its marks."""
+    rooms = room_around_outputs(monkeypatch)
+    for width in (57, 512, 513):
+        gate_up, dy = draw(3, 2 * width, dtype=torch.float32), draw(3, width, dtype=torch.float32, seed=1)
+        before = gate_up.clone(), dy.clone()
+        assert swiglu_backward(dy, gate_up).ne(7).all()
+        assert same_bits(gate_up, before[0])
+        assert same_bits(dy, before[1])
+    assert len(rooms) == 3
+    assert all(room[:64].eq(7).all() and room[-64:].eq(7).all() for room in rooms)
+
+
+def test_backward_of_rows_beyond_int32_offsets() -> None:
+    """A third row of gate_up and of dy more than 2^31 elements from the first."""
+    torch.use_deterministic_algorithms(False)  # only the pages that are written are ever there: nothing is poisoned
+    apart = 2**30 + 2**20
+    storage = torch.empty(2 * apart + 256, dtype=torch.float16, device=DEVICE)
+    gate_up, dy = storage.as_strided((3, 128), (apart, 1)), storage.as_strided((3, 64), (apart, 1), 128)
+    gate_up.copy_(draw(3, 128, dtype=torch.float16))
+    dy.copy_(draw(3, 64, dtype=torch.float16, seed=1))
+    assert same_bits(swiglu_backward(dy, gate_up), swiglu_backward(dy.contiguous(), gate_up.contiguous()))
+
+
+@needs_gpu
+def test_backward_has_no_race() -> None:
+    gate_up, dy = draw(300, 2 * 3072, dtype=torch.bfloat16), draw(300, 3072, dtype=torch.bfloat16, seed=1)
+    first = swiglu_backward(dy, gate_up)
+    assert all(same_bits(swiglu_backward(dy, gate_up), first) for _ in range(200))
+
+
+def test_backward_refuses_what_does_not_fit() -> None:
+    gate_up, dy = draw(2, 64, dtype=torch.float32), draw(2, 32, dtype=torch.float32)
+    wrong: list[tuple[Any, Any, type[Exception], str]] = [
+        (dy, gate_up.double(), TypeError, "float64"),
+        (dy, gate_up[:, :63], ValueError, r"gate and up of equal width, got \[2, 63\]"),
+        (dy[:1], gate_up, ValueError, r"dy must be \[2, 32\] torch.float32, as swiglu's output, got \[1, 32\]"),
+        (dy.half(), gate_up, ValueError, r"dy must be .* got \[2, 32\] torch.float16"),
+        (dy.to("meta"), gate_up, ValueError, "they must be on one device"),
+        (dy, gate_up.clone().requires_grad_(), RuntimeError, "computes no gradients"),
+    ]
+    for gradient, x, error, message in wrong:
+        with pytest.raises(error, match=message):
+            swiglu_backward(gradient, x)
+
+
+@pytest.mark.parametrize("definition", [False, True], ids=["kernel", "definition"])
+def test_backward_registered(definition: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through autograd, twice, with an expanded gradient, compiled as one graph; also where no kernel can run."""
+    if definition:
+        monkeypatch.setattr(launch, "obstacle", lambda *args: "none shall run")
+    op, backward = torch.ops.tritium.swiglu, torch.ops.tritium.swiglu_backward
+    leaf, dy = draw(3, 4, 64, dtype=torch.float32).requires_grad_(), draw(3, 4, 32, dtype=torch.float32, seed=1)
+    torch.library.opcheck(op, (leaf,))
+    torch.library.opcheck(backward, (dy, leaf.detach()))
+    torch.library.opcheck(backward, (dy.transpose(0, 1).requires_grad_(), leaf.transpose(0, 1)))
+    ours = swiglu_backward_reference if definition else swiglu_backward
+    expected, before = ours(dy, leaf.detach()), dy.clone()
+    y = op(leaf)
+    for _ in range(2):
+        (gradient,) = torch.autograd.grad(y, leaf, dy, retain_graph=True)
+        assert same_bits(gradient, expected)
+    assert same_bits(dy, before)
+    y.sum().backward()
+    assert leaf.grad is not None
+    assert same_bits(leaf.grad, ours(torch.ones_like(dy), leaf.detach()))
+    assert torch.autograd.grad(op(leaf.detach()).sum() + leaf.sum(), leaf)[0].eq(1).all()  # its input needs none
+    compiled = torch.compile(lambda x: op(x), fullgraph=True, backend="aot_eager")
+    assert same_bits(torch.autograd.grad(compiled(leaf), leaf, dy)[0], expected)
+
+
+def test_autograd_takes_the_gradients_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not the definition's vector-Jacobian product, which would need the memory of its steps."""
+    launched: list[str] = []
+    run = launch.launch
+
+    def recorded(kernel: Any, *args: Any, **options: Any) -> None:
+        launched.append(kernel.fn.__name__)
+        run(kernel, *args, **options)
+
+    monkeypatch.setattr("tritium.kernels.swiglu.launch", recorded)
+    leaf = draw(2, 8, dtype=torch.float32).requires_grad_()
+    torch.ops.tritium.swiglu(leaf).sum().backward()
+    assert launched == ["_swiglu_kernel", "_swiglu_backward_kernel"]
+
+
+def test_the_gradient_can_be_differentiated() -> None:
+    """Through the gradient's definition, against float64."""
+    x, dy = draw(2, 8, dtype=torch.float32), draw(2, 4, dtype=torch.float32, seed=1)
+    found = []
+    for function, dtype in ((torch.ops.tritium.swiglu, torch.float32), (swiglu_reference, torch.float64)):
+        leaf = x.to(dtype).requires_grad_()
+        (gradient,) = torch.autograd.grad(function(leaf), leaf, dy.to(dtype), create_graph=True)
+        found.append(torch.autograd.grad(gradient.square().sum(), leaf)[0].double())
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
