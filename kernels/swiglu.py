@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import tuning
 from .launch import launch, register, require, tl, triton
-from .rms_norm import wide
+from .rms_norm import rows_of, wide
 
 WIDEST = 65535 * 256  # columns of y: blocks of the grid's second axis, at the smallest block of any table
 
@@ -98,7 +98,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     y = gate_up.new_empty((*gate_up.shape[:-1], width))
     if not y.numel():
         return y
-    flat = _rows(gate_up)
+    flat = rows_of(gate_up)
     options = dict(tuning.config("swiglu", gate_up.device, rows=flat.shape[0]))
     block = min(options.pop("BLOCK_F"), triton.next_power_of_2(width))
     grid = (flat.shape[0], triton.cdiv(width, block))
@@ -121,7 +121,7 @@ def swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     dgate_up = gate_up.new_empty(gate_up.shape)
     if not dgate_up.numel():
         return dgate_up
-    flat, dy = _rows(gate_up), _rows(dy)
+    flat, dy = rows_of(gate_up), rows_of(dy)
     options = dict(tuning.config("swiglu_backward", gate_up.device, rows=flat.shape[0]))
     block = min(options.pop("BLOCK_F"), triton.next_power_of_2(width))
     grid = (flat.shape[0], triton.cdiv(width, block))
@@ -138,12 +138,6 @@ def _width(gate_up: Tensor) -> int:
     if width > WIDEST:
         raise ValueError(f"rows of {width} elements are wider than {WIDEST}, what one launch reaches")
     return width
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x [..., N] as [T, N] with adjacent columns; a copy only where it must be one."""
-    flat = x.reshape(-1, x.shape[-1])
-    return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
 def _gradient(inputs: Sequence[Tensor], needed: Sequence[bool], dy: Tensor) -> tuple[Tensor]:
