@@ -3,20 +3,27 @@
     y = x @ weight^T + bias                 r' = r + (x @ weight^T + bias)
     z = silu(g) * u                         where [g, u] = x @ weight^T + bias, g the first F columns and u the last F
 
+The gradient, of each form the same once dy is that of x @ weight^T + bias (of z: swiglu's, of g and u computed anew):
+
+    dx = dy @ weight,   dweight = dy^T @ x,   dbias = sum of dy over the tokens,   dr = dr'
+
 Shapes: x [T, K], weight [N, K], bias [N] or None, r and r' [T, N], y [T, N]; gated: weight [2F, K], bias [2F] or None,
 z [T, F].
 Rounding: products accumulate in at least float32; the sum with bias, and then with the residual, each rounds once to
 x's dtype (the fused residual form may round only once, which is nearer to truth). Gated: g and u round to x's dtype,
-silu is computed in float32 and rounds, the product rounds once more.
+silu is computed in float32 and rounds, the product rounds once more. Gradients: dx, dweight and dbias accumulate in at
+least float32 and round once, but for the gated form's, of which g, u and their gradients round before.
 Floor: (N * K + T * (K + N)) * itemsize bytes, T * N more for the residual (gated: 2 * F * K + T * (K + F));
-2 * T * N * K operations (gated: 4 * T * F * K).
+2 * T * N * K operations (gated: 4 * T * F * K). Each of dx and dweight: as many bytes, 2 * T * N * K operations.
 
 The kernel's bits for a token do not depend on how many tokens there are (He 2025, "Defeating nondeterminism in LLM
 inference"): one program owns an output to its end and takes K in order from 0, in steps of a fixed BLOCK_K, without a
 split. Weight rows are the matrix instruction's left operand and tokens its right one, so that one token pads to 16 and
-not to 64, and one token and a thousand go through the same class of instruction.
+not to 64, and one token and a thousand go through the same class of instruction. The gradient's products are the
+vendor's, the same bits run to run but not for another batch, over which dweight is a sum in any case.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,6 +32,7 @@ from torch import Tensor
 
 from . import tuning
 from .launch import launch, register, require, tl, triton
+from .rms_norm import wide_dtype
 from .swiglu import swiglu_reference
 
 # Up to this many rows, CPU libraries are up to twice as fast with the weight as the left operand (measured from 2 to 16
@@ -266,16 +274,42 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tenso
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
-register("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", linear, linear_reference, _fake)
+def _gradient(inputs: Sequence[Any], needed: Sequence[bool], dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of x, weight, bias and, where there is one, the residual; `dy` is that of the whole projection."""
+    found: list[Tensor | None] = [None] * len(inputs)
+    if dy is None:
+        return tuple(found)
+    if needed[0]:
+        found[0] = torch.mm(dy, inputs[1])
+    if needed[1]:
+        found[1] = torch.mm(dy.t(), inputs[0])
+    if any(needed[2:3]):  # a bias that was left out is not among the inputs
+        found[2] = dy.sum(0, dtype=wide_dtype(dy.dtype)).to(dy.dtype)
+    if any(needed[3:]):
+        found[3] = dy
+    return tuple(found)
+
+
+def _gated_gradient(inputs: Sequence[Any], needed: Sequence[bool], dz: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The packed projection is computed anew: saved, it would be the largest tensor of a layer."""
+    if dz is None:
+        return (None,) * len(inputs)
+    packed = torch.ops.tritium.linear(*inputs)
+    return _gradient(inputs, needed, torch.ops.tritium.swiglu_backward(dz, packed))
+
+
+register("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", linear, linear_reference, _fake, _gradient)
 register(
     "linear_residual(Tensor x, Tensor weight, Tensor? bias, Tensor residual) -> Tensor",
     linear_residual,
     linear_residual_reference,
     _fake,
+    _gradient,
 )
 register(
     "linear_swiglu(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
     linear_swiglu,
     linear_swiglu_reference,
     lambda x, weight, bias=None: x.new_empty((x.shape[0], weight.shape[0] // 2)),
+    _gated_gradient,
 )
