@@ -31,7 +31,7 @@ setup(
     package_dir=packages(),
     package_data={
         # One pattern a depth: families' YAML files, and the bundled checkpoint with its text.
-        "tritium.models": ["*/*.yaml", "*/*/*.json", "*/*/*.safetensors", "*/*/*.txt", "*/*/*.md"],
+        "tritium.models": ["*/*.yaml", "*/train/*.yaml", "*/*/*.json", "*/*/*.safetensors", "*/*/*.txt", "*/*/*.md"],
         "tritium.kernels": ["tuning/*.yaml"],
         "tritium.benchmarks": ["*.yaml"],
     },

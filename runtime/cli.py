@@ -1,4 +1,4 @@
-"""The command line: `tritium generate`, `chat`, `verify`, `models`, `tune`."""
+"""The command line: `tritium generate`, `chat`, `train`, `verify`, `models`, `tune`."""
 
 import argparse
 import importlib.util
@@ -56,6 +56,16 @@ def _parser() -> Parser:
     chat.add_argument("--prompt", help="answer this one message and end; otherwise a conversation on the terminal")
     chat.add_argument("--system", help="the system message")
     chat.add_argument("--no-thinking", action="store_true", help="ask Qwen3 for an answer without reasoning")
+    train = commands.add_parser("train", help="train a model as a YAML file says")
+    train.add_argument("config", metavar="CONFIG.yaml", help="what to train, on what, and how")
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the output folder")
+    train.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="another value for a key, such as optimizer.learning_rate=3.0e-4 (repeatable)",
+    )
     verify = commands.add_parser("verify", parents=[source], help="check the Triton kernels on a model's own weights")
     verify.add_argument("--prompt", default=VERIFY_PROMPT, help="the text that both paths read")
     verify.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help="greedy tokens to compare (16)")
@@ -74,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _tune(rest)
         if rest:
             _parser().error(f"unrecognized arguments: {' '.join(rest)}")
-        commands = {"generate": _generate, "chat": _chat, "verify": _verify, "models": _models}
+        commands = {"generate": _generate, "chat": _chat, "train": _train, "verify": _verify, "models": _models}
         code = commands[options.command](options)
         sys.stdout.flush()
         return code or 0
@@ -237,6 +247,12 @@ def _verify(options: argparse.Namespace) -> int:
     if options.plot is not None:
         plot(report, options.plot)
     return int(bool(report.problems))
+
+
+def _train(options: argparse.Namespace) -> int:
+    from .training.trainer import train
+
+    return train(options.config, options.set, options.resume)
 
 
 def _tune(arguments: Sequence[str]) -> int:

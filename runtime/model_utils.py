@@ -59,16 +59,16 @@ def _require_gradients(model: Decoder, patterns: tuple[str, ...], wanted: bool) 
     return chosen
 
 
-def save_checkpoint(model: Decoder, directory: str | Path) -> None:
+def save_checkpoint(model: Decoder, directory: str | Path, dtype: str | torch.dtype | None = None) -> None:
     """The model as config.json and safetensors that `load_checkpoint` reads: in the layout of its family's published
-    checkpoints where that can express it, else in Tritium's own.
+    checkpoints where that can express it, else in Tritium's own. `dtype` converts the weights (None keeps them).
     """
     try:
-        save_pretrained(model, directory)
+        save_pretrained(model, directory, dtype)
     except TritiumError as error:
         if "cannot express" not in str(error):
             raise
-        save_pretrained(model, directory, layout="tritium")
+        save_pretrained(model, directory, dtype, layout="tritium")
 
 
 def load_checkpoint(directory: str | Path, device: str | torch.device | None = None) -> Decoder:

@@ -1,0 +1,1 @@
+"""The trainer: `tritium train CONFIG.yaml`."""
