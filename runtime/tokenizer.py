@@ -276,6 +276,8 @@ def _encode(fast: FastTokenizer, text: str, add_special_tokens: bool) -> list[in
         return list(fast.encode(text, add_special_tokens=add_special_tokens).ids)
     except TypeError:  # half a surrogate pair, as a shell argument that is not UTF-8 brings it
         raise TritiumError("the text is not valid Unicode: it holds half a surrogate pair") from None
+    except Exception as error:  # the library raises plain Exception, where a word has no token and none stands for it
+        raise TritiumError(f"the tokenizer has no token for something in the text ({error})") from None
 
 
 def _sampling_defaults(generation: Mapping[str, Any], where: Path) -> dict[str, Any]:

@@ -208,7 +208,7 @@ def _remove(path: Path) -> None:
 def _to_disk(path: Path) -> None:
     if path.is_dir() and os.name == "nt":  # where folders cannot be opened
         return
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:

@@ -4,7 +4,7 @@ import math
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -88,7 +88,7 @@ def train(path: str | Path, changes: Sequence[str] = (), resume: bool = False) -
         state.clear_partials(output)
         position, measured = _loop(run, position)
     except OSError as error:  # a full disk, above all
-        raise TritiumError(f"{output}: {state.reason(error)}") from None
+        raise TritiumError(f"{output}: {state.reason(error)}; the checkpoints in it are whole") from None
     folder = state.folder_of(output, position.step)
     if position.step < config.schedule.steps:
         _say(f"interrupted after step {position.step}, saved as {folder}: go on with --resume")
@@ -213,9 +213,12 @@ def _loop(run: Run, position: state.Position) -> tuple[state.Position, float | N
     config, processes = run.config, run.processes
     steps, evaluation, checkpoint = config.schedule.steps, config.evaluation, config.checkpoint
     meter = Meter(run.model.config, measure_peak(run.model.device, DTYPES[config.compute_dtype]) * processes.world)
-    log = Log(run.output, position.step)
     shown = processes.is_first and sys.stderr.isatty()
-    with _interruption() as interrupted, progress(steps, position.step, shown) as bar:
+    with (
+        _interruption() as interrupted,
+        closing(Log(run.output, position.step)) as log,
+        progress(steps, position.step, shown) as bar,
+    ):
         meter.go_on()
         while position.step < steps:
             result = train_step(run, position.step)
@@ -239,7 +242,6 @@ def _loop(run: Run, position: state.Position) -> tuple[state.Position, float | N
             meter.go_on()
             if stopping:
                 break
-    log.close()
     losses = [record["validation_loss"] for record in log.records if "validation_loss" in record]
     return position, losses[-1] if losses else None
 
