@@ -237,9 +237,9 @@ class TrainingConfig:
     """One run."""
 
     model: str  # a size's YAML, family:size, a checkpoint folder or a hub id
-    output: str
     overrides: Mapping[str, Any] = field(default_factory=dict)  # fields of the ModelSpec
     initialise: Initialise | None = None  # None: a checkpoint's own weights; for a YAML the defaults of Initialise
+    output: str
     seed: int = 1
     device: str | None = None
     backend: Literal["auto", "triton", "torch"] = "auto"

@@ -166,7 +166,7 @@ class Documents:
         arrays, documents = self.source.arrays, self.source.documents
         if self.data.group is not None or self.parts is not None:
             flat = np.concatenate([arrays[array][first:last] for array, first, last in documents]).astype(np.int64)
-            owners = np.repeat(np.arange(len(documents)), documents[:, 2] - documents[:, 1])
+            owners: Ids = np.repeat(np.arange(len(documents)), documents[:, 2] - documents[:, 1])
             if self.data.group is not None:
                 owners = np.cumsum(rng.random(len(documents)) < 1 / self.data.group)[owners]
             if self.parts is not None:
@@ -181,9 +181,9 @@ def split_tokens(ids: Ids, owners: Ids, parts: Ids, rate: float, rng: np.random.
     """Another spelling of the same text, and each token's owner: every merged token falls into the two that it was
     merged from with chance `rate`, its halves likewise (after Provilkov et al. 2020, arXiv:1910.13267).
     """
-    whole = np.ones(len(ids), dtype=bool)  # may still fall apart
+    whole: Ids = np.ones(len(ids), dtype=bool)  # may still fall apart
     while True:
-        chosen = whole & (parts[ids, 0] >= 0) & (rng.random(len(ids)) < rate)
+        chosen: Ids = whole & (parts[ids, 0] >= 0) & (rng.random(len(ids)) < rate)
         if not chosen.any():
             return ids, owners
         ids, owners, whole = (np.repeat(values, 1 + chosen) for values in (ids, owners, chosen))

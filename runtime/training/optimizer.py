@@ -13,7 +13,8 @@ from .config import Optimizer, Schedule
 
 def build_optimizer(model: Decoder, settings: Optimizer) -> torch.optim.AdamW:
     """PyTorch's fused AdamW over the parameters that want gradients; only matrices other than embeddings decay."""
-    decaying, others = [], []
+    decaying: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (decaying if parameter.dim() > 1 and "embedding" not in name else others).append(parameter)
@@ -48,7 +49,7 @@ class Average:
     """A running mean of weights, which forgets over `steps` steps, and faster while there were few."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], steps: int) -> None:
-        self.parameters = list(parameters)
+        self.parameters: list[Tensor] = list(parameters)
         self.steps = steps
         self.values = [parameter.detach().clone() for parameter in self.parameters]
 

@@ -47,7 +47,7 @@ class Source:
         checksum = 0
         for array in (*self.arrays, *(self.bounds or ())):
             for start in range(0, len(array), CHUNK):
-                checksum = zlib.crc32(np.ascontiguousarray(array[start : start + CHUNK]), checksum)
+                checksum = zlib.crc32(array[start : start + CHUNK].tobytes(), checksum)
         return checksum
 
 

@@ -142,7 +142,7 @@ def train_step(run: Run, step: int) -> Step:
     for number, micro in run.processes.share(micros):
         _seed(config.seed, step, number)
         loss = _micro_loss(run, micro) / labelled
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         total += loss.detach()
     run.processes.sum_gradients(run.parameters)
     loss_value = float(run.processes.total(total))

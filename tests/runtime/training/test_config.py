@@ -1,9 +1,11 @@
 """A configuration says what is wrong with it in one line, before anything is written."""
 
 import copy
+import re
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import yaml
 from tritium.runtime import cli
 from tritium.runtime.errors import TritiumError
 from tritium.runtime.registry import MODELS
-from tritium.runtime.training.config import Data, parse, read_config
+from tritium.runtime.training.config import Data, TrainingConfig, parse, read_config
 
 import tritium
 
@@ -245,6 +247,31 @@ def test_defaults_and_forms(values: dict[str, Any]) -> None:
     assert [schedule.length_at(done) for done in (0.0, 0.49, 0.5, 0.9)] == [8, 8, 16, 16]
     assert schedule.lengths == [8, 16]
     assert schedule.tokens_at(0.5) == 64
+
+
+def keys(kind: Any) -> dict[str, Any]:
+    """The fields of a section, and of those within it that stand in every file."""
+    hints = get_type_hints(kind)
+    return {name: keys(hints[name]) if is_dataclass(hints[name]) else None for name in hints}
+
+
+def test_the_page_has_every_key_with_its_default() -> None:
+    page = (MODELS.parent / "docs/development/training.md").read_text(encoding="utf-8")
+    block = re.search(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert block
+    shown = yaml.safe_load(block[1])
+    assert list(shown) == list(keys(TrainingConfig))
+    required = {
+        "data": {"train", "sequence_length", "batch_size"},
+        "optimizer": {"learning_rate"},
+        "schedule": {"steps"},
+    }
+    least = {name: shown[name] for name in ("model", "output")}
+    least |= {name: {key: shown[name][key] for key in some} for name, some in required.items()}
+    for name, inner in keys(TrainingConfig).items():
+        if inner is not None:
+            assert list(shown[name]) == list(inner)
+    assert parse(shown, "page") == parse(least, "page")
 
 
 @pytest.mark.parametrize("path", READY, ids=lambda path: path.stem)

@@ -27,11 +27,7 @@ def test_learning_rate() -> None:
 
 
 def test_clipping() -> None:
-    parameters = [
-        torch.nn.Parameter(torch.zeros(2)),
-        torch.nn.Parameter(torch.zeros(1)),
-        torch.nn.Parameter(torch.ones(1)),
-    ]
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in (2, 1, 1)]
     parameters[0].grad, parameters[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
     norm = gradient_norm(parameters)
     assert float(norm) == 5.0
@@ -43,14 +39,22 @@ def test_clipping() -> None:
 
 
 def test_average_in_place_is_given_back() -> None:
+    """Also where what is done with it fails."""
     parameter = torch.nn.Parameter(torch.tensor([1.0]))
     average = Average([parameter], 10)
     parameter.data.fill_(3.0)
     average.update(46)
-    with pytest.raises(RuntimeError), average.in_place():
-        assert float(parameter) == pytest.approx(1.2)
-        raise RuntimeError
-    assert float(parameter) == 3.0
+    seen = []
+
+    def failing() -> None:
+        with average.in_place():
+            seen.append(parameter.item())
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        failing()
+    assert seen == [pytest.approx(1.2)]
+    assert parameter.item() == 3.0
 
 
 def test_matmul_parameters() -> None:

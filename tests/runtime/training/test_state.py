@@ -143,7 +143,7 @@ sys.exit(cli.main(["train", sys.argv[1]]))
 """
 
 
-@pytest.mark.parametrize("moment", [3, 5, 19, 24, 26, 35])
+@pytest.mark.parametrize("moment", [3, 5, 19, 26])
 def test_a_kill_at_any_moment_leaves_whole_checkpoints(
     every_two: Values, write: Write, tmp_path: Path, moment: int
 ) -> None:
@@ -198,9 +198,7 @@ def test_a_disk_that_is_really_full(
 ) -> None:
     """A file system of so few kilobytes that one checkpoint and no second finds room."""
     assert train(write(every_two)) == 0
-    folder = Path(every_two["output"]) / "step-00000002"
-    if not folder.exists():
-        folder = Path(every_two["output"]) / "step-00000006"
+    # Two checkpoints are left of the three: this disk holds one, and not a second beside it.
     size = sum(path.stat().st_size for path in Path(every_two["output"]).rglob("*") if path.is_file()) * 5 // 8
     disk = tmp_path / "disk"
     disk.mkdir()

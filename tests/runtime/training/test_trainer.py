@@ -4,7 +4,8 @@ import copy
 import math
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tritium.runtime.errors import TritiumError
 from tritium.runtime.training import state, trainer
 from tritium.runtime.training.config import parse
 from tritium.runtime.training.data import Micro
+from tritium.runtime.training.processes import Processes
 
 import tritium
 
@@ -119,6 +121,44 @@ def test_a_step_does_not_depend_on_how_it_is_cut(values: Values) -> None:
         assert four.counts == one.counts
     for name, value in parameters(parts).items():
         torch.testing.assert_close(value, parameters(whole)[name], atol=2e-5, rtol=1e-4)
+
+
+@dataclass(frozen=True)
+class Exchanging(Processes):
+    """A process that puts its gradients and loss down for another, or adds what that one has put down."""
+
+    desk: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+
+    def total(self, value: torch.Tensor) -> torch.Tensor:
+        if self.rank:
+            self.desk["loss"] = [value.clone()]
+            return value
+        return value + self.desk["loss"][0]
+
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if self.rank:
+            self.desk["gradients"] = [gradient.clone() for gradient in gradients]
+            return
+        for gradient, other in zip(gradients, self.desk["gradients"], strict=True):
+            gradient += other
+
+
+def test_two_processes_are_one(values: Values) -> None:
+    """Three micro-batches over two processes, with dropout: the step that one process does alone."""
+    values["overrides"]["dropout"] = 0.3
+    values["data"]["accumulation"] = 3
+    desk: dict[str, list[torch.Tensor]] = {}
+    alone = prepared(values)
+    first, second = (trainer.prepare(alone.config, Exchanging(rank, 2, desk)) for rank in (0, 1))
+    expected = trainer.train_step(alone, 0)
+    trainer.train_step(second, 0)
+    found = trainer.train_step(first, 0)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert found.gradient_norm == pytest.approx(expected.gradient_norm, rel=1e-5)
+    assert found.counts == expected.counts == [16] * 12
+    for name, value in parameters(first).items():
+        torch.testing.assert_close(value, parameters(alone)[name], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("average", [None, 3])
