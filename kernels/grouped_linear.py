@@ -19,7 +19,9 @@ nor on their routing, for the reasons that kernels/linear.py gives: K in order f
 left operand of one class of matrix instruction.
 """
 
+from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,14 +33,19 @@ from .routing import MOST_EXPERTS
 from .swiglu import swiglu_reference
 
 
+def owned(order: Tensor, starts: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Each expert that has assignments, and which those are; it waits for the device, to read `starts`."""
+    places = order.long()
+    for expert, (start, end) in enumerate(pairwise(starts.tolist())):
+        if start < end:
+            yield expert, places[start:end]
+
+
 def grouped_linear_reference(x: Tensor, weight: Tensor, order: Tensor, starts: Tensor, k: int) -> Tensor:
     """y_a = x_(a // k) @ weight_e^T, [T, K] -> [A, N]; it waits for the device, to read `starts`."""
     y = x.new_zeros((order.shape[0], weight.shape[1]))
-    bounds, places = starts.tolist(), order.long()
-    for expert, (start, end) in enumerate(pairwise(bounds)):
-        if start < end:
-            mine = places[start:end]
-            y[mine] = linear_reference(x[mine // k], weight[expert])
+    for expert, mine in owned(order, starts):
+        y[mine] = linear_reference(x[mine // k], weight[expert])
     return y
 
 
@@ -150,33 +157,43 @@ def grouped_swiglu(x: Tensor, weight: Tensor, order: Tensor, starts: Tensor, k: 
     return _run(x, weight, order, starts, k, gated=True)
 
 
+def check_weight(weight: Tensor, dtype: torch.dtype) -> None:
+    """Raises ValueError for a weight [E, N, K] that no kernel takes beside rows of `dtype`."""
+    if weight.dtype != dtype:
+        raise ValueError(f"weight must be {dtype} as the rows are, got {weight.dtype}")
+    if weight.stride(2) != 1 and weight.shape[2] > 1:
+        strides = f"the last dimension contiguous, got strides {list(weight.stride())}"
+        raise ValueError(f"weight {list(weight.shape)} must have {strides}: every call would copy all experts")
+    if weight.shape[0] > MOST_EXPERTS:
+        raise ValueError(f"weight {list(weight.shape)} has {len(weight)} experts, and a kernel takes {MOST_EXPERTS}")
+
+
+def check_routing(order: Tensor, starts: Tensor, tokens: int, k: int, experts: int) -> None:
+    """Raises ValueError for what is not the shape of a routing of `tokens` rows, k assignments each, to `experts`."""
+    if k < 1:
+        raise ValueError(f"k must be at least 1, the assignments that share a row of x, got {k}")
+    for name, tensor, length in (("order", order, tokens * k), ("starts", starts, experts + 1)):
+        if tensor.shape != (length,) or tensor.dtype != torch.int32:
+            expected = f"[{length}] torch.int32 for {tokens} rows of x, k = {k} and {experts} experts"
+            raise ValueError(f"{name} must be {expected}, got {list(tensor.shape)} {tensor.dtype}")
+    if tokens and not experts:
+        raise ValueError(f"{tokens * k} assignments need an expert, and there is none")
+
+
 def _run(x: Tensor, weight: Tensor, order: Tensor, starts: Tensor, k: int, gated: bool = False) -> Tensor:
     require(x, weight, order, starts)
     if x.dim() != 2 or weight.dim() != 3 or weight.shape[2] != x.shape[1]:
         raise ValueError(f"x must be [T, K] and weight [E, N, K], got {list(x.shape)} and {list(weight.shape)}")
-    if weight.dtype != x.dtype:
-        raise ValueError(f"weight must be {x.dtype} as x is, got {weight.dtype}")
     (tokens, depth), (experts, rows, _) = x.shape, weight.shape
-    if weight.stride(2) != 1 and depth > 1:
-        strides = f"the last dimension contiguous, got strides {list(weight.stride())}"
-        raise ValueError(f"weight {list(weight.shape)} must have {strides}: every call would copy all experts")
-    if experts > MOST_EXPERTS:
-        raise ValueError(f"weight {list(weight.shape)} has {experts} experts, and a kernel takes {MOST_EXPERTS}")
+    check_weight(weight, x.dtype)
     if gated and rows % 2:
         raise ValueError(f"a gated weight must have as many up rows as gate rows, got {rows} in all")
-    if k < 1:
-        raise ValueError(f"k must be at least 1, the assignments that share a row of x, got {k}")
+    check_routing(order, starts, tokens, k, experts)
     count = tokens * k
-    for name, tensor, length in (("order", order, count), ("starts", starts, experts + 1)):
-        if tensor.shape != (length,) or tensor.dtype != torch.int32:
-            expected = f"[{length}] torch.int32 for {tokens} rows of x, k = {k} and {experts} experts"
-            raise ValueError(f"{name} must be {expected}, got {list(tensor.shape)} {tensor.dtype}")
     width = rows // 2 if gated else rows
     y = x.new_empty((count, width))
     if not y.numel():
         return y
-    if not experts:
-        raise ValueError(f"{count} assignments need an expert, and weight {list(weight.shape)} has none")
     x = x if x.stride(1) == 1 else x.contiguous()
     based = weight.is_meta or weight.data_ptr() % 16 == 0
     aligned = depth % 8 == weight.stride(0) % 8 == weight.stride(1) % 8 == 0 and based and _aligned(x)
@@ -224,15 +241,29 @@ def _fake(x: Tensor, weight: Tensor, order: Tensor, starts: Tensor, k: int) -> T
     return x.new_empty((order.shape[0], weight.shape[1]))
 
 
+def _gradient(*args: Any) -> tuple[Any, ...]:
+    from .grouped_linear_backward import gradient  # which stands on this file
+
+    return gradient(*args)
+
+
+def _gated_gradient(*args: Any) -> tuple[Any, ...]:
+    from .grouped_linear_backward import gated_gradient
+
+    return gated_gradient(*args)
+
+
 register(
     "grouped_linear(Tensor x, Tensor weight, Tensor order, Tensor starts, int k) -> Tensor",
     grouped_linear,
     grouped_linear_reference,
     _fake,
+    _gradient,
 )
 register(
     "grouped_swiglu(Tensor x, Tensor weight, Tensor order, Tensor starts, int k) -> Tensor",
     grouped_swiglu,
     grouped_swiglu_reference,
     lambda x, weight, order, starts, k: x.new_empty((order.shape[0], weight.shape[1] // 2)),
+    _gated_gradient,
 )

@@ -122,6 +122,7 @@ def register(
     reference: Callable[..., Any],
     fake: Callable[..., Any] | None = None,
     gradient: Callable[..., tuple[Any, ...]] | None = None,
+    keep_outputs: bool = False,
 ) -> None:
     """Makes `torch.ops.tritium.<name>` of a launcher, for `torch.compile(fullgraph=True)`, export and other callers.
 
@@ -131,6 +132,7 @@ def register(
     `gradient(inputs, needed, *gradients)` gives a gradient, or None, for each of the inputs, of which `needed` says
     whether anything wants it; it must call registered operations, so that it can be traced. Without it, gradients are
     the definition's, computed anew from the inputs; an operation that writes into its arguments has none.
+    With `keep_outputs`, the outputs are kept for it as well, and follow the inputs in `inputs`.
     """
     name = schema.partition("(")[0]
 
@@ -147,13 +149,18 @@ def register(
     torch.library.register_fake(f"tritium::{name}", fake or (lambda *args, **kwargs: None), lib=_LIBRARY)
     if "!" not in schema:
         backward = _backward_of(reference) if gradient is None else _backward_by(gradient)
-        torch.library.register_autograd(f"tritium::{name}", backward, setup_context=_keep_inputs, lib=_LIBRARY)
+        keep = _keep_all if keep_outputs else _keep_inputs
+        torch.library.register_autograd(f"tritium::{name}", backward, setup_context=keep, lib=_LIBRARY)
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)  # an output that nothing used has no gradient, not one of zeros to be read
     ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
     ctx.others = [None if isinstance(value, Tensor) else (value,) for value in inputs]
+
+
+def _keep_all(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _keep_inputs(ctx, (*inputs, *(output if isinstance(output, tuple) else (output,))), output)
 
 
 def _backward_by(gradient: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:

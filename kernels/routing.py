@@ -25,6 +25,7 @@ from L2 (64 MiB at 65536 assignments and 128 experts); ids that fit one block, a
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -211,6 +212,12 @@ def group(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     return order, starts
 
 
+def _gradient(*args: Any) -> tuple[Any, ...]:
+    from .routing_backward import gradient  # which stands on this file
+
+    return gradient(*args)
+
+
 register(
     "route(Tensor logits, int k, bool renormalise) -> (Tensor, Tensor)",
     route,
@@ -219,6 +226,8 @@ register(
         logits.new_empty((logits.shape[0], k), dtype=torch.int32),
         logits.new_empty((logits.shape[0], k)),
     ),
+    _gradient,
+    keep_outputs=True,
 )
 register(
     "group(Tensor experts, int num_experts) -> (Tensor, Tensor)",

@@ -14,7 +14,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kernels", "runtime", "models", "benchmarks", "tests", "tritium")
 SUPPORT = ("__init__.py", "launch.py")  # not operations: what launchers stand on
 COMPOSED = ("linear_cross_entropy.py",)  # of others' kernels: it has no kernel or table of its own
-LAUNCHERS = {"sampling.py": {"sample"}, "routing.py": {"route", "group"}}  # of a file that is not named like its own
+LAUNCHERS = {  # of a file that is not named like its own
+    "sampling.py": {"sample"},
+    "routing.py": {"route", "group"},
+    "routing_backward.py": {"route_backward"},
+    "grouped_linear_backward.py": {"grouped_linear_dx", "grouped_linear_dweight"},
+}
 OPERATIONS = sorted(path for path in (ROOT / "kernels").glob("*.py") if path.name not in SUPPORT)
 KERNELS = [path for path in OPERATIONS if path.name not in COMPOSED]
 LONGEST = 500  # lines of one file
@@ -102,7 +107,8 @@ def test_every_kernel_has_a_launcher_and_is_registered(operation: Path) -> None:
     registered = [call.args[0] for call in calls if getattr(call.func, "id", "") == "register"]
     texts = [ast.unparse(schema).lstrip("f").strip("\"'").partition("(")[0] for schema in registered]
     named_so = {entry.name for entry in dataclasses.fields(Operations)} | {operation.stem}
-    launchers = functions & (named_so | {f"{name}_backward" for name in named_so})
+    own = LAUNCHERS.get(operation.name, set())
+    launchers = functions & (named_so | own | {f"{name}_backward" for name in named_so})
     assert len(launchers) > 0
     assert launchers - set(texts) == set()
     assert {f"{launcher}_reference" for launcher in launchers - {"qk_norm_rope"}} - functions == set()

@@ -47,16 +47,20 @@ def grouped_mm(gated: bool) -> Prepare:
     return prepare
 
 
+def routed(layer: Layer, tokens: int) -> tuple[list[int], list[int], int]:
+    """`order` and `starts`, and how many experts they touch."""
+    chosen = Draw(torch.device("cpu"), SEED).uniform(tokens, layer.experts).argsort(dim=1)[:, : layer.k].flatten()
+    counts = torch.bincount(chosen, minlength=layer.experts)
+    starts = [0, *counts.cumsum(0).tolist()]
+    return chosen.argsort(stable=True).tolist(), starts, int(counts.count_nonzero())
+
+
 def grouped(layer: Layer, tokens: int, gated: bool) -> Case:
     """The gated product of `tokens` rows, or the plain one of a row for each assignment."""
     count, k = tokens * layer.k, layer.k if gated else 1
     outputs, depth = (layer.width, layer.hidden) if gated else (layer.hidden, layer.width)
     features, rows = 2 * outputs if gated else outputs, tokens if gated else count
-    chosen = Draw(torch.device("cpu"), SEED).uniform(tokens, layer.experts).argsort(dim=1)[:, : layer.k].flatten()
-    counts = torch.bincount(chosen, minlength=layer.experts)
-    order = chosen.argsort(stable=True).tolist()
-    starts = [0, *counts.cumsum(0).tolist()]
-    touched = int(counts.count_nonzero())
+    order, starts, touched = routed(layer, tokens)
 
     def make(draw: Draw) -> tuple[Any, ...]:
         weight = draw.normal(layer.experts, features, depth, scale=depth**-0.5)

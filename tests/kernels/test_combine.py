@@ -1,8 +1,8 @@
-"""The definition of combining: against a sum in Python, its one rounding, which row is whose."""
+"""The definition of combining: against a sum in Python, its one rounding, which row is whose; its gradient's."""
 
 import pytest
 import torch
-from tritium.kernels.combine import combine_reference
+from tritium.kernels.combine import combine_backward_reference, combine_reference
 
 
 def drawn(tokens: int, k: int, width: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
@@ -54,3 +54,24 @@ def test_experts_that_cancel_leave_the_residual() -> None:
 def test_gradients() -> None:
     inputs = [x.requires_grad_() for x in drawn(2, 3, 4)]
     assert torch.autograd.gradcheck(combine_reference, inputs)
+
+
+@pytest.mark.parametrize(("tokens", "k", "width"), [(0, 2, 3), (1, 1, 1), (3, 2, 5), (4, 8, 16)])
+def test_the_gradients_definition_is_autograds_in_float64(tokens: int, k: int, width: int) -> None:
+    outputs, weights, residual = (x.requires_grad_() for x in drawn(tokens, k, width))
+    dr = drawn(tokens, k, width)[2].neg() + 1
+    expected = torch.autograd.grad(combine_reference(outputs, weights, residual), (outputs, weights), dr)
+    found = combine_backward_reference(dr, outputs.detach(), weights.detach())
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_each_gradient_rounds_once(dtype: torch.dtype) -> None:
+    outputs, weights, dr = drawn(32, 4, 64, dtype)
+    exact = combine_backward_reference(dr.double(), outputs.double(), weights.double())
+    for got, truth in zip(combine_backward_reference(dr, outputs, weights), exact, strict=True):
+        certain = (truth - 1e-5).to(dtype) == (truth + 1e-5).to(dtype)
+        assert got.dtype == dtype
+        assert certain.float().mean() > 0.6
+        assert torch.equal(got[certain], truth.to(dtype)[certain])

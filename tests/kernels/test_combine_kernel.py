@@ -1,10 +1,10 @@
-"""The combining kernel: the rule, one rounding, batch invariance to the bit, views, what it refuses."""
+"""The combining kernel and its gradient's: the rule, roundings, batch invariance, views, refusals."""
 
 import pytest
 import torch
 from torch import Tensor
 from tritium.kernels import tuning
-from tritium.kernels.combine import combine, combine_reference
+from tritium.kernels.combine import combine, combine_backward, combine_backward_reference, combine_reference
 
 from ..rule import DEVICE, DTYPES, assert_rule, draw, needs_gpu, room_around_outputs, same_bits, truth_of
 
@@ -180,3 +180,141 @@ def test_registered() -> None:
     compiled = torch.compile(lambda *args: op(*args), fullgraph=True, backend="aot_eager")(*inputs)
     assert same_bits(compiled, op(*inputs))
     assert same_bits(op(*inputs), combine(*inputs))
+
+
+# The gradient
+
+
+def autograds(dr: Tensor, outputs: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+    """Autograd's of the definition."""
+    leaves = outputs.clone().requires_grad_(), weights.clone().requires_grad_()
+    return torch.autograd.grad(combine_reference(*leaves, torch.zeros_like(dr)), leaves, dr)
+
+
+def check_backward(outputs: Tensor, weights: Tensor, dr: Tensor) -> tuple[Tensor, Tensor]:
+    args = dr, outputs, weights
+    found, expected, truth = combine_backward(*args), combine_backward_reference(*args), truth_of(autograds, *args)
+    for name, three in zip(("doutputs", "dweights"), zip(found, expected, truth, strict=True), strict=True):
+        assert_rule(*three, f"{name} {list(outputs.shape)}")
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "k", "width"), [*SHAPES, (2, 2, 1030), (1, 3, 2049)])
+def test_backward_rule(tokens: int, k: int, width: int, dtype: torch.dtype) -> None:
+    check_backward(*drawn(tokens, k, width, dtype))
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("k", "width"), [(8, 2048), (8, 4096), (8, 7168), (1, 2047), (4, 1365), (16, 8192)])
+def test_backward_rule_in_full(k: int, width: int, dtype: torch.dtype) -> None:
+    for tokens in (1, 16, 65, 2048):
+        check_backward(*drawn(tokens, k, width, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1e-4, 50.0])
+def test_backward_of_extreme_magnitudes(scale: float, dtype: torch.dtype) -> None:
+    check_backward(*drawn(2, 4, 96, dtype, scale))
+
+
+def test_backward_row_by_row() -> None:
+    """By hand: assignment t * k + j has token t's row of dr, and weight [t, j]."""
+    outputs = torch.tensor([[1.0, 10.0], [2.0, 20.0], [3.0, 30.0], [4.0, 40.0]], device=DEVICE)
+    weights = torch.tensor([[1.0, 0.5], [-1.0, 2.0]], device=DEVICE)
+    dr = torch.tensor([[2.0, 4.0], [6.0, 8.0]], device=DEVICE)
+    doutputs, dweights = combine_backward(dr, outputs, weights)
+    assert doutputs.tolist() == [[2.0, 4.0], [1.0, 2.0], [-6.0, -8.0], [12.0, 16.0]]
+    assert dweights.tolist() == [[42.0, 84.0], [258.0, 344.0]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backward_batch_invariance(dtype: torch.dtype) -> None:
+    """A token's bits: alone, among some, at another place, beside NaN, whatever its other experts gave."""
+    outputs, weights, dr = drawn(9, 3, 520, dtype)
+
+    def of(chosen: slice | Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        x, w, upstream = narrowed(tensors or (outputs, weights, dr), chosen)  # type: ignore[arg-type]
+        doutputs, dweights = combine_backward(upstream, x, w)
+        return doutputs.unflatten(0, w.shape), dweights
+
+    whole = of(slice(None))
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    for chosen in (slice(1), slice(2, 4), order):
+        assert all(same_bits(got, expected[chosen]) for got, expected in zip(of(chosen), whole, strict=True))
+    beside = tuple(torch.full_like(x, float("nan")) for x in (outputs, weights, dr))
+    beside[0][13], beside[1][4, 1], beside[2][4] = outputs[13], weights[4, 1], dr[4]
+    found = of(slice(None), *beside)
+    assert all(same_bits(got[4, 1], expected[4, 1]) for got, expected in zip(found, whole, strict=True))
+
+
+def test_backward_views_inputs_and_empty_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs, weights, dr = drawn(3, 2, 57, torch.float32)
+    expected = check_backward(outputs, weights, dr)
+    before = [x.clone() for x in (outputs, weights, dr)]
+    storage = draw(6, 3, 96, dtype=torch.float32)
+    strided = storage[:, 0, :57].copy_(outputs), storage[:3, 1, :2].copy_(weights), storage[:3, 2, 30:87].copy_(dr)
+    turned = tuple(x.t().contiguous().t() for x in (outputs, weights, dr))
+    for x, w, upstream in (strided, turned):
+        assert all(same_bits(a, b) for a, b in zip(combine_backward(upstream, x, w), expected, strict=True))
+    one = dr[:1].expand(3, 57)
+    ones = combine_backward(one, outputs, weights), combine_backward(one.clone(), outputs, weights)
+    assert all(same_bits(a, b) for a, b in zip(*ones, strict=True))
+    assert all(same_bits(a, b) for a, b in zip((outputs, weights, dr), before, strict=True))
+    shapes = [x.shape for x in combine_backward(dr[:0], outputs[:0], weights[:0])]
+    assert shapes == [(0, 57), (0, 2)]
+    nothing = combine_backward(dr[:, :0], outputs[:, :0], weights)
+    assert (nothing[0].shape, nothing[1].tolist()) == ((6, 0), [[0.0, 0.0]] * 3)
+    rooms = room_around_outputs(monkeypatch)
+    assert all(x.ne(7).all() for x in combine_backward(dr, outputs, weights))
+    assert len(rooms) == 2
+    assert all(room[:64].eq(7).all() and room[-64:].eq(7).all() for room in rooms)
+
+
+def test_backward_of_rows_beyond_int32_offsets() -> None:
+    torch.use_deterministic_algorithms(False)  # only the pages that are written are ever there: nothing is poisoned
+    apart = 2**30 + 2**20
+    storage = torch.empty(2 * apart + 64, dtype=torch.float16, device=DEVICE)
+    far, near = storage.as_strided((3, 32), (apart, 1)), storage[32:].as_strided((3, 32), (apart, 1))
+    outputs, weights, dr = drawn(3, 1, 32, torch.float16)
+    expected = combine_backward(dr, outputs, weights)
+    found = combine_backward(near.copy_(dr), far.copy_(outputs), weights)
+    assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@needs_gpu
+def test_backward_has_no_race() -> None:
+    outputs, weights, dr = drawn(300, 8, 2048, torch.bfloat16)
+    first = combine_backward(dr, outputs, weights)
+    for _ in range(100):
+        assert all(same_bits(a, b) for a, b in zip(combine_backward(dr, outputs, weights), first, strict=True))
+
+
+def test_backward_refuses_what_does_not_fit() -> None:
+    outputs, weights, dr = drawn(3, 2, 16, torch.float32)
+    with pytest.raises(ValueError, match=r"dr must be \[3, 16\] for weights \[3, 2\], got \[2, 16\]"):
+        combine_backward(dr[:2], outputs, weights)
+    with pytest.raises(ValueError, match=r"weights must be \[T, k\] and dr \[T, N\], got \[2\] and \[3, 16\]"):
+        combine_backward(dr, outputs, weights[0])
+    with pytest.raises(TypeError, match="one dtype"):
+        combine_backward(dr, outputs, weights.half())
+    with pytest.raises(RuntimeError, match="computes no gradients"):
+        combine_backward(dr, outputs.clone().requires_grad_(), weights)
+
+
+def test_registered_gradient() -> None:
+    """combine's gradient is this kernel, and the residual's is what it is given; traced, they are the same."""
+    inputs, dr = drawn(3, 2, 16, torch.float32), draw(3, 16, dtype=torch.float32, seed=5)
+    torch.library.opcheck(torch.ops.tritium.combine_backward, (dr, *inputs[:2]))
+    expected = *combine_backward(dr, *inputs[:2]), dr
+    compiled = torch.compile(lambda *args: torch.ops.tritium.combine(*args), fullgraph=True, backend="aot_eager")
+    for function in (torch.ops.tritium.combine, compiled):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        found = torch.autograd.grad(function(*leaves), leaves, dr)
+        assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True))
+    for index, want in enumerate(expected):
+        given = [x.clone() for x in inputs]
+        given[index].requires_grad_()
+        out = torch.ops.tritium.combine(*given)
+        assert same_bits(torch.autograd.grad(out, given[index], dr)[0], want)

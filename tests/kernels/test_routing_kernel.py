@@ -288,18 +288,3 @@ def test_registered() -> None:
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")(logits)
     experts, weights = route(logits, 2, True)
     assert all(same_bits(a, b) for a, b in zip(compiled, (experts, weights, *group(experts, 6)), strict=True))
-
-
-@pytest.mark.parametrize("renormalise", [True, False])
-def test_gradients_are_the_definitions(renormalise: bool) -> None:
-    """Of the weights; the choice has none."""
-    ours, theirs = (draw(3, 6, dtype=torch.float32).requires_grad_() for _ in range(2))
-    experts, weights = torch.ops.tritium.route(ours, 2, renormalise)
-    assert not experts.requires_grad
-    upstream = draw(3, 2, dtype=torch.float32, seed=1)
-    weights.backward(upstream)
-    route_reference(theirs, 2, renormalise)[1].backward(upstream)
-    assert ours.grad is not None
-    assert theirs.grad is not None
-    assert ours.grad.abs().max() > 0.01
-    assert same_bits(ours.grad, theirs.grad)
