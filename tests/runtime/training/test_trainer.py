@@ -268,6 +268,24 @@ def test_evaluation_is_the_mean_over_the_whole_split(values: Values) -> None:
     assert trainer.evaluate(run) == found
 
 
+def test_dropout_is_for_training_alone(values: Values) -> None:
+    plain = prepared(values)
+    values["overrides"]["dropout"] = 0.4
+    dropping = prepared(values)
+    assert trainer.evaluate(dropping) == trainer.evaluate(plain)
+    (micro,) = plain.batches.at(0)
+    losses = [trainer.train_step(with_micros(run, [micro]), 0).loss for run in (plain, dropping)]
+    assert losses[0] != losses[1]
+    again = [trainer.train_step(prepared(values), step) for step in (0, 0)]
+    assert again[0] == again[1]
+    assert losses[1] == again[0].loss
+    drawn = [trainer.train_step(with_micros(prepared(values), [micro]), step).loss for step in (0, 1)]
+    assert drawn[0] != drawn[1]
+    twice = trainer.train_step(with_micros(prepared(values), [micro, micro]), 0).loss
+    assert twice != pytest.approx(drawn[0], rel=1e-4)  # each micro-batch draws its own
+    assert trainer.evaluate(dropping) == trainer.evaluate(dropping)
+
+
 def test_evaluation_changes_nothing(values: Values, write: Write, tmp_path: Path) -> None:
     """A run that is measured at every step is the run that is measured once; dropout is off while it is measured."""
     values["overrides"]["dropout"] = 0.4
