@@ -287,3 +287,11 @@ def test_evaluation_scores_every_token_once() -> None:
     found = list(evaluation_batches(flat, windows, Evaluation(), 16))
     assert [label for micro in found for label in micro.labels.tolist()] == flat.arrays[0][1:].tolist()
     assert max(sum(micro.counts) for micro in found) == 16
+
+
+def test_a_tokenizer_does_not_see_what_is_held_out(tmp_path: Path) -> None:
+    text = "abab " * 100 + "zqzq " * 100
+    found = [read(tmp_path, text, tokenizer=TrainTokenizer(vocab_size=260), held_out=part) for part in (0.0, 0.5)]
+    seen = [sources.vocabulary.tokenizer.fast.token_to_id("zq") for sources in found if sources.vocabulary]
+    assert seen[0] is not None
+    assert seen[1] is None
