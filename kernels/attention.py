@@ -22,9 +22,9 @@ Floor: decode reads 2 * L * Hk * D * itemsize bytes a sequence; prefill does 4 *
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import tuning
@@ -51,7 +51,7 @@ def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int] | Tensor, scale: float, window: int | None = None
 ) -> Tensor:
     """Prefill and training: every sequence attends to its own new keys. `starts` [rows + 1] bounds the sequences."""
-    return _packed(_attend, q, k, v, starts, scale, window)
+    return packed(_attend, q, k, v, starts, scale, window)
 
 
 def paged_attention_reference(
@@ -68,32 +68,11 @@ def paged_attention_reference(
 
     `page_table` [rows, pages] of integers names each row's pages in order.
     """
-    return _paged(_attend, q, k_cache, v_cache, page_table, starts, lengths, scale, window)
-
-
-def sdpa_attention(
-    q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int] | Tensor, scale: float, window: int | None = None
-) -> Tensor:
-    """The same by torch's fused kernels: no scores in memory, and the rounding of whichever one torch picks."""
-    return _packed(_fused, q, k, v, starts, scale, window)
-
-
-def sdpa_paged_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    starts: Sequence[int] | Tensor,
-    lengths: Sequence[int] | Tensor,
-    scale: float,
-    window: int | None = None,
-) -> Tensor:
-    """The same by torch's fused kernels."""
-    return _paged(_fused, q, k_cache, v_cache, page_table, starts, lengths, scale, window)
+    return paged(_attend, q, k_cache, v_cache, page_table, starts, lengths, scale, window)
 
 
 # q [B, S, Hq, D], k and v [B, L, Hk, D], scale, window -> [B, S, Hq, D], causal with the last query at the last key.
-_Attend = Callable[[Tensor, Tensor, Tensor, float, int | None], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, float, int | None], Tensor]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
@@ -106,24 +85,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -
     return out.permute(0, 3, 1, 2, 4).flatten(2, 3).to(q.dtype)
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-    num_queries, num_keys = q.shape[1], k.shape[1]
-    plain = window is None and num_queries in (1, num_keys)
-    mask = None if plain else visible(num_queries, num_keys, window, q.device)
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=plain and num_queries > 1,
-        scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
-    )
-    return out.transpose(1, 2)
-
-
-def _packed(
-    attend: _Attend, q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int] | Tensor, scale: float, window: int | None
+def packed(
+    attend: Attend, q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int] | Tensor, scale: float, window: int | None
 ) -> Tensor:
     rows = list(pairwise(_ints(starts)))
     lengths = {end - start for start, end in rows}
@@ -134,8 +97,8 @@ def _packed(
     return torch.cat(parts) if parts else torch.empty_like(q)
 
 
-def _paged(
-    attend: _Attend,
+def paged(
+    attend: Attend,
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -238,7 +201,26 @@ def _attend_tiles(
     return acc, total, best
 
 
-@triton.jit(do_not_specialize=["num_rows", "groups", "window"])
+@triton.jit
+def find_tile(tile, starts_ptr, num_rows, BLOCK: tl.constexpr):
+    """(row, its first token, its tokens, where in them the tile begins: beyond them where there is no such tile).
+
+    Row r's tiles begin at starts[r] // BLOCK + r, which leaves room for each row's part-filled last one: nobody needs
+    to know the lengths before the launch.
+    """
+    row = 0
+    after = num_rows
+    while row + 1 < after:
+        middle = (row + after) // 2
+        if tl.load(starts_ptr + middle) // BLOCK + middle <= tile:
+            row = middle
+        else:
+            after = middle
+    start = tl.load(starts_ptr + row)
+    return row, start, tl.load(starts_ptr + row + 1) - start, (tile - start // BLOCK - row) * BLOCK
+
+
+@triton.jit(do_not_specialize=["stride_lse", "num_rows", "groups", "window"])
 def _attention_kernel(
     q_ptr,  # [T, Hq, D], tokens `stride_qt` units apart, heads `stride_qh`
     k_ptr,  # [Hk, slots, D] by `stride_kh` and `stride_kt`; a slot is a packed token or a place in the cache
@@ -246,9 +228,11 @@ def _attention_kernel(
     k_desc,  # k as a descriptor of blocks [1, BLOCK_N, BLOCK_D], where TMA
     v_desc,
     out_ptr,  # [T, Hq, D], contiguous
+    lse_ptr,  # float32 [Hq, T], where LSE
     starts_ptr,  # [rows + 1]
     lengths_ptr,  # [rows], where PAGED
     table_ptr,  # [rows, pages], where PAGED
+    stride_lse,
     num_rows,
     groups,  # query heads of a key/value head
     stride_qt,
@@ -265,25 +249,15 @@ def _attention_kernel(
     PAGE: tl.constexpr,
     WINDOWED: tl.constexpr,
     TMA: tl.constexpr,
+    LSE: tl.constexpr,
     UNIT: tl.constexpr,  # elements that the strides count in: 16 bytes where all are whole, so that loads are as wide
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # Row r's tiles begin at starts[r] // BLOCK_M + r, which leaves room for each row's part-filled last one: nobody
-    # needs to know the lengths before the launch. The last tiles, which see the most keys, are launched first.
+    # The last tiles, which see the most keys, are launched first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    row = 0
-    after = num_rows
-    while row + 1 < after:
-        middle = (row + after) // 2
-        if tl.load(starts_ptr + middle) // BLOCK_M + middle <= tile:
-            row = middle
-        else:
-            after = middle
-    start = tl.load(starts_ptr + row)
-    num_queries = tl.load(starts_ptr + row + 1) - start
-    begin = (tile - start // BLOCK_M - row) * BLOCK_M
+    row, start, num_queries, begin = find_tile(tile, starts_ptr, num_rows, BLOCK_M)
     if begin >= num_queries:
         return
     length = num_queries
@@ -340,6 +314,9 @@ def _attention_kernel(
     out = acc / tl.where(total == 0, 1.0, total)[:, None]  # 0 where no key is visible
     o_out = (o_t * tl.num_programs(1) + head) * D + o_d
     tl.store(out_ptr + o_out, out.to(out_ptr.dtype.element_ty), mask=m_q)
+    if LSE:
+        p_lse = lse_ptr + head.to(tl.int64) * stride_lse + start + o_i
+        tl.store(p_lse, best + tl.log2(total), mask=o_i < num_queries)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, window: int | None = None) -> Tensor:
@@ -349,9 +326,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, win
     float16, one dtype for all; out is contiguous. Raises RuntimeError where no kernel can run, TypeError and ValueError
     for what does not fit.
     """
-    if q.dim() == 3 and k.dim() == 3 and k.shape[0] != q.shape[0]:
-        raise ValueError(f"k must have the {q.shape[0]} tokens of q, got {list(k.shape)}")
-    return _run(q, k, v, starts, None, None, scale, window)
+    return _run(q, k, v, starts, None, None, scale, window)[0]
 
 
 def paged_attention(
@@ -375,7 +350,7 @@ def paged_attention(
                 f"{name} must be [kv heads, pages, page size, head_dim] with a head's pages one after another, "
                 f"got {list(cache.shape)} with strides {list(cache.stride())}"
             )
-    return _run(q, k_cache, v_cache, starts, page_table, lengths, scale, window)
+    return _run(q, k_cache, v_cache, starts, page_table, lengths, scale, window)[0]
 
 
 def _run(
@@ -387,9 +362,12 @@ def _run(
     lengths: Tensor | None,
     scale: float,
     window: int | None,
-) -> Tensor:
+    with_lse: bool = False,
+) -> tuple[Tensor, Tensor]:
     require(q, k, v, starts, table, lengths)
     heads_first = table is not None
+    if q.dim() == k.dim() == 3 and not heads_first and k.shape[0] != q.shape[0]:
+        raise ValueError(f"k must have the {q.shape[0]} tokens of q, got {list(k.shape)}")
     if q.dim() != 3 or k.dim() != 3 + heads_first or k.shape != v.shape or k.shape[-1] != q.shape[-1]:
         raise ValueError(f"q, k and v do not fit: {list(q.shape)}, {list(k.shape)} and {list(v.shape)}")
     if k.dtype != q.dtype or v.dtype != q.dtype:
@@ -413,9 +391,11 @@ def _run(
         raise ValueError(f"page_table must be [{num_rows}, pages] int32, got {list(table.shape)} {table.dtype}")
     if table is not None and num_rows and not (table.shape[1] and k.shape[1]):
         raise ValueError(f"page_table {list(table.shape)} and caches {list(k.shape)} hold no page")
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    allocate = torch.zeros if with_lse else torch.empty
+    out = allocate(q.shape, dtype=q.dtype, device=q.device)
+    lse = allocate((num_heads, tokens) if with_lse else 0, dtype=torch.float32, device=q.device)
     if not q.numel() or not num_rows:
-        return out
+        return out, lse
     starts = starts.contiguous()
     lengths = None if lengths is None else lengths.contiguous()
     table = table if table is None or table.stride(1) == 1 else table.contiguous()
@@ -447,9 +427,11 @@ def _run(
         v,
         *descriptors,
         out,
+        lse if with_lse else out,
         starts,
         starts if lengths is None else lengths,
         starts if table is None else table,
+        tokens,
         num_rows,
         num_heads // num_kv_heads,
         *(stride // unit for stride in strides),
@@ -461,11 +443,12 @@ def _run(
         PAGE=page,
         WINDOWED=window is not None,
         TMA=descriptors[0] is not k,
+        LSE=with_lse,
         UNIT=unit,
         BLOCK_D=block_d,
         **options,
     )
-    return out
+    return out, lse
 
 
 def _bulk_copies(*tensors: Tensor) -> bool:
@@ -473,11 +456,18 @@ def _bulk_copies(*tensors: Tensor) -> bool:
     return all(x.numel() > 0 and x.data_ptr() % 16 == 0 for x in tensors)
 
 
+def _gradient(inputs: Sequence[Any], needed: Sequence[bool], dout: Tensor) -> tuple[Tensor | None, ...]:
+    from .attention_backward import gradient  # which stands on this file
+
+    return gradient((*inputs, *torch.ops.tritium.attention_with_lse(*inputs)), needed, dout)
+
+
 register(
     "attention(Tensor q, Tensor k, Tensor v, Tensor starts, float scale, int? window=None) -> Tensor",
     attention,
     attention_reference,
     lambda q, *rest: q.new_empty(q.shape),
+    _gradient,
 )
 register(
     "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor starts, Tensor lengths, "

@@ -126,7 +126,7 @@ def chunk(name: str, heads: int, kv_heads: int, head_dim: int, queries: int, len
 
 
 def _whole(args: Sequence[Any], length: int, scale: float) -> Tensor:
-    from tritium.kernels.attention import sdpa_paged_attention
+    from tritium.runtime.sdpa import sdpa_paged_attention
 
     q, k_cache, v_cache, table = args[:4]
     return sdpa_paged_attention(q, k_cache, v_cache, table, [0, len(q)], [length], scale)

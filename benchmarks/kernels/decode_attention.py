@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tritium.kernels.attention import sdpa_paged_attention
 from tritium.kernels.decode_attention import decode_attention_reference
+from tritium.runtime.sdpa import sdpa_paged_attention
 
 from ..case import Call, Case, Draw, call, launcher
 from ..peers import flashinfer, sdpa

@@ -11,11 +11,10 @@ from torch import Tensor
 from tritium.kernels.attention import (
     attention_reference,
     paged_attention_reference,
-    sdpa_attention,
-    sdpa_paged_attention,
     visible,
 )
 from tritium.kernels.decode_attention import dense_decode_attention_reference as decode_attention_reference
+from tritium.runtime.sdpa import sdpa_attention, sdpa_paged_attention
 
 HALVES = [torch.bfloat16, torch.float16]
 HEAD_DIMS = [16, 56, 64, 80, 96, 128]
