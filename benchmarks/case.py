@@ -72,6 +72,7 @@ class Case:
     check: Callable[[Any, Sequence[Any]], str | None] | None = None  # instead of the rule: what is wrong, or None
     units: int = 1  # of what one call does, such as decode steps
     tokens: int = 0  # of one unit, where a rate of them means something
+    memory: bool = False  # what a call of each contender allocates at most is measured, too
     host: bool = False  # the call waits for the device: it is timed by the host's clock and never captured
 
     @property

@@ -99,6 +99,8 @@ def summary(record: Mapping[str, Any]) -> str:
             ratios = {peer: f"{ratio:.2f}" for peer, ratio in row["ratios"].items()}
             best = row["best_peer"]
             others = ", ".join(f"{peer} {ratio}" for peer, ratio in ratios.items() if peer != best)
+            if peaks := row.get("peak_bytes"):
+                others += "; peak GiB: " + ", ".join(f"{who} {size / 2**30:.1f}" for who, size in peaks.items())
             share = f"{row['share_of_ceiling']:.0%} {row['ceiling']}"
             timing = f"{row['times']['tritium']['p50']:.1f}"
             lines.append((case, timing, rate(row), share, best or "-", ratios.get(best, "-"), others or "-"))

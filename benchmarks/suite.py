@@ -24,8 +24,8 @@ from .worker import WHOLE, find, spent
 
 KERNELS = (
     "attention", "decode_attention", "linear", "grouped_linear", "rms_norm", "qk_norm_rope", "swiglu", "sampling",
-    "routing", "combine", "layer_norm", "cross_entropy",
-    "linear_cross_entropy", "qk_norm_rope_backward", "grouped_linear_backward", "routing_backward",
+    "routing", "combine", "layer_norm", "cross_entropy", "linear_cross_entropy",
+    "attention_backward", "qk_norm_rope_backward", "grouped_linear_backward", "routing_backward",
 )  # fmt: skip
 OPERATIONS = (*KERNELS, *WHOLE)
 PATIENCE = 240.0  # seconds for one case, compilation and the peers' included

@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from .case import OURS, Call, Case, Draw, far, wrong
 from .measure import Stopwatch, ceilings, floor, input_sets
 from .shapes import ITEM
 
-WHOLE = ("experts", "models")
+WHOLE = ("experts", "models", "training")
 """Benchmarks of more than one kernel: files beside this one."""
 
 BROKEN = ("CUDA error", "HIP error", "illegal memory", "device-side assert", "unspecified launch failure")
@@ -108,6 +108,7 @@ class Bench:
             if name not in absent:
                 contenders[name] = [peer(*args) for args in inputs]
         timed = self.watch.series(contenders, small=sets > 1, host=case.host)
+        peaks = self._peaks(contenders) if case.memory and self.device.type == "cuda" else {}
         seconds = {name: entry["p50"] / case.units for name, entry in timed.items()}
         bound, ceiling = floor(reads, writes, case.flop, limits)
         work = case.flop if ceiling == "matmul" else reads + writes
@@ -125,8 +126,19 @@ class Bench:
             "share_of_ceiling": bound / seconds[OURS],
             "best_peer": best,
             "ratios": {name: value / seconds[OURS] for name, value in seconds.items() if name != OURS},
+            **({"peak_bytes": peaks} if peaks else {}),
             **({"tokens_per_second": case.tokens / seconds[OURS]} if case.tokens else {}),
         }
+
+    def _peaks(self, contenders: Mapping[str, Sequence[Call]]) -> dict[str, int]:
+        """Bytes that are allocated at most while each contender runs once, what all of them hold included."""
+        peaks = {}
+        for name, calls in contenders.items():
+            torch.cuda.reset_peak_memory_stats(self.device)
+            calls[0]()
+            torch.cuda.synchronize(self.device)
+            peaks[name] = torch.cuda.max_memory_allocated(self.device)
+        return peaks
 
 
 def _microseconds(entry: Mapping[str, Any], units: int) -> dict[str, Any]:

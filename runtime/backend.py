@@ -12,6 +12,7 @@ from ..kernels.launch import DTYPES, INTERPRETED, obstacle
 from ..kernels.routing import MOST_EXPERTS
 from .errors import TritiumError, nearest
 from .kernel_set import REFERENCE, KernelSet
+from .operations import DIFFERENTIABLE, KERNELS
 from .spec import ModelSpec
 from .triton_path import Modes, compose
 
@@ -21,9 +22,13 @@ NAMES = ("auto", "triton", "torch")
 @functools.cache
 def triton_kernels(modes: Modes) -> KernelSet:
     """The phases over the Triton kernels."""
-    from .operations import KERNELS
-
     return compose("triton", KERNELS, modes)
+
+
+@functools.cache
+def differentiable_kernels(modes: Modes) -> KernelSet:
+    """The same over the operations that torch.library has of them, with their gradients."""
+    return compose("triton", DIFFERENTIABLE, modes)
 
 
 @dataclass(frozen=True)
@@ -32,11 +37,13 @@ class Backend:
 
     name: str = "auto"
     modes: Modes = field(default_factory=Modes)
+    traced: KernelSet = field(init=False, repr=False, compare=False)  # what torch.compile finds without a look-up
 
     def __post_init__(self) -> None:
         """Raises TritiumError for an unknown name, and for `triton` where nothing here could run it."""
         if self.name not in NAMES:
             raise TritiumError(f"backend: unknown {self.name!r}; {nearest(str(self.name), NAMES)}")
+        object.__setattr__(self, "traced", differentiable_kernels(self.modes))
         if self.name != "triton" and self.modes.sampler_equals_trainer:
             raise TritiumError(f"sampler_equals_trainer: backend {self.name!r} cannot promise it; use 'triton'")
         if self.name == "triton" and (why := obstacle(torch.device("cpu" if INTERPRETED else "cuda"))) is not None:
@@ -45,15 +52,17 @@ class Backend:
     def kernels(self, like: Tensor, parameters: Iterable[Tensor] = ()) -> KernelSet:
         """The set for tensors such as `like`. Raises TritiumError where `triton` was asked for and cannot run them.
 
-        The kernels have no backward pass: where a gradient is wanted, of `like` or of the parameters, `auto` is torch.
+        Where a gradient is wanted, of `like` or of the parameters, the kernels are those that have one. Traced by
+        torch.compile, they are those that can be traced; each then finds out at run time where it runs.
         """
         if self.name == "torch":
             return REFERENCE
+        if torch.compiler.is_compiling():
+            return self.traced
         why = _obstacle(like.device, like.dtype)
-        if why is None and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (like, *parameters)):
-            why = "its kernels compute no gradients (use torch.no_grad() where none are wanted)"
         if why is None and not (self.name == "auto" and like.device.type == "cpu"):
-            return triton_kernels(self.modes)
+            wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (like, *parameters))
+            return (differentiable_kernels if wanted else triton_kernels)(self.modes)
         if self.name == "triton":
             raise _cannot(why or "")
         return REFERENCE

@@ -7,6 +7,7 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.qk_norm_rope import rope_rows
@@ -58,6 +59,16 @@ class Batch:
             positions=torch.cat(positions) if positions else torch.zeros(0, dtype=torch.int64, device=device),
             prompts=list(counts),
         )
+
+    @classmethod
+    def traced(cls, starts: Tensor, positions: Tensor, longest: int) -> "Batch":
+        """Whole sequences whose bounds only the device knows: `starts` [rows + 1] int32, none above `longest` tokens.
+
+        What torch.compile traces holds for other lengths too; tokens behind the last row are padding.
+        """
+        batch = cls(starts=(), lengths=[longest], positions=positions)
+        batch.device_starts = starts
+        return batch
 
     @classmethod
     def appended(
@@ -136,7 +147,7 @@ class Batch:
     @property
     def longest(self) -> int:
         """Most keys of any row."""
-        return max(self.lengths)
+        return max(self.lengths) if self.lengths else 0
 
     def angles(self, rotary: RotaryEmbedding) -> Angles:
         """The table of angles and each token's row in it, put together once a batch.
@@ -144,7 +155,9 @@ class Batch:
         Raises TritiumError where a row reaches beyond the table.
         """
         if rotary not in self._angles:
-            _check_positions(rotary, max(self.lengths, default=0))
+            _check_positions(rotary, self.longest)
+            if rotary.by_prompt and not self.prompts and self.lengths:
+                raise TritiumError("rope_scaling: a rule that goes by the prompt's length cannot be compiled")
             device = self.positions.device
             stretches = [rotary.stretch(prompt) for prompt in self.prompts]
             distinct = tuple(sorted(set(stretches))) or (1.0,)
@@ -187,6 +200,14 @@ def _check_positions(rotary: RotaryEmbedding, longest: int) -> None:
         raise TritiumError(f"{longest} positions exceed the context length of {rotary.context_length}")
 
 
+def _check_mask(attention_mask: Tensor, rows: int, length: int) -> None:
+    """Raises TritiumError for a mask of another shape."""
+    if tuple(attention_mask.shape) != (rows, length):
+        raise TritiumError(
+            f"attention_mask: must be [batch, length] = [{rows}, {length}], got {list(attention_mask.shape)}"
+        )
+
+
 @dataclass
 class Padding:
     """How a padded [B, S] input and its packed [T] form map onto each other."""
@@ -194,6 +215,7 @@ class Padding:
     shape: tuple[int, int]
     index: Tensor | None  # [T] flat places of the real tokens; None when nothing is padded
     counts: Sequence[int]  # real tokens a row
+    total: Tensor | None = None  # how many of the packed ones are real, where only the device knows
 
     @classmethod
     def of(cls, like: Tensor, attention_mask: Tensor | None) -> "Padding":
@@ -201,14 +223,26 @@ class Padding:
         batch, length = like.shape[:2]
         if attention_mask is None:
             return cls((batch, length), None, [length] * batch)
-        if tuple(attention_mask.shape) != (batch, length):
-            raise TritiumError(
-                f"attention_mask: must be [batch, length] = [{batch}, {length}], got {list(attention_mask.shape)}"
-            )
+        _check_mask(attention_mask, batch, length)
         mask = attention_mask.to(like.device) != 0
         if bool(mask.all()):
             return cls((batch, length), None, [length] * batch)
         return cls((batch, length), mask.flatten().nonzero().squeeze(1), mask.sum(1).tolist())
+
+    @classmethod
+    def traced(cls, like: Tensor, attention_mask: Tensor | None) -> tuple["Padding", Batch]:
+        """The same without a look at the mask's values: the packed form has room for all, padding behind the rest."""
+        rows, length = like.shape[:2]
+        each = torch.arange(length, device=like.device)
+        if attention_mask is None:
+            starts = torch.arange(rows + 1, dtype=torch.int32, device=like.device) * length
+            return cls((rows, length), None, ()), Batch.traced(starts, each.repeat(rows), length)
+        _check_mask(attention_mask, rows, length)
+        mask = attention_mask != 0
+        index = torch.argsort(~mask.flatten(), stable=True)
+        positions = (mask.cumsum(1) - 1).clamp(min=0).flatten()[index]
+        starts = F.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+        return cls((rows, length), index, (), starts[-1]), Batch.traced(starts, positions, length)
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, S, ...] -> [T, ...]."""
@@ -219,5 +253,8 @@ class Padding:
         """[T, ...] -> [B, S, ...], zeros at the padding."""
         if self.index is None:
             return packed.unflatten(0, self.shape)
+        if self.total is not None:
+            behind = torch.arange(packed.shape[0], device=packed.device) >= self.total
+            packed = packed.masked_fill(behind.view(-1, *[1] * (packed.dim() - 1)), 0.0)
         flat = packed.new_zeros((self.shape[0] * self.shape[1], *packed.shape[1:]))
         return flat.index_copy(0, self.index, packed).unflatten(0, self.shape)

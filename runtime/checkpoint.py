@@ -10,12 +10,14 @@ from typing import Any, Literal, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 from tqdm import tqdm
 
 from .decoder import Decoder
 from .errors import TritiumError, nearest, out_of_memory_named
 from .files import read_json
 from .hf_config import config_from_spec, keys_read, spec_from_config
+from .lora import adapters
 from .registry import family_of_model_type, get_family
 from .spec import DTYPES, ModelSpec
 from .weight_map import Piece, WeightMap
@@ -110,11 +112,11 @@ def load_weights(model: Decoder, directory: Path, progress: bool = True, device:
     all that does not fit, before anything is allocated.
     """
     files = weight_files(directory)
-    entries = [(path, *entry) for path in files for entry in _read(path, _entries)]
+    found_in = [(path, *entry) for path in files for entry in read_tensors(path, entries)]
     family = None if _config(directory).get("model_type") == NATIVE else get_family(model.config.family)
-    weights = WeightMap(family, model.config, model.named_parameters(), {name for _, name, _, _ in entries})
+    weights = WeightMap(family, model.config, model.named_parameters(), {name for _, name, _, _ in found_in})
     found: dict[str, tuple[int, ...]] = {}
-    for path, stored, dtype, shape in entries:
+    for path, stored, dtype, shape in found_in:
         name = weights.canonical(stored)
         if name in found:
             raise TritiumError(f"{path}: the tensor {name} is there twice, or also in another shard")
@@ -134,7 +136,7 @@ def load_weights(model: Decoder, directory: Path, progress: bool = True, device:
                     bar.update()
 
         for path in files:
-            _read(path, stream)
+            read_tensors(path, stream)
 
 
 def allocate(model: Decoder, device: torch.device | str) -> None:
@@ -144,13 +146,14 @@ def allocate(model: Decoder, device: torch.device | str) -> None:
         model.to_empty(device=device)
 
 
-def _entries(checkpoint: Any) -> list[tuple[str, str, tuple[int, ...]]]:
+def entries(checkpoint: Any) -> list[tuple[str, str, tuple[int, ...]]]:
     """(name, dtype, shape) of every tensor of an open file, from its header."""
     slices = ((name, checkpoint.get_slice(name)) for name in checkpoint.keys())  # noqa: SIM118 - not a mapping
     return [(name, str(part.get_dtype()), tuple(part.get_shape())) for name, part in slices]
 
 
-def _read(path: Path, use: Callable[[Any], T]) -> T:
+def read_tensors(path: Path, use: Callable[[Any], T]) -> T:
+    """What `use` gives for the open file. Raises TritiumError for one that is not whole."""
     try:
         with safe_open(path, framework="pt") as checkpoint:
             return use(checkpoint)
@@ -165,18 +168,23 @@ def save_pretrained(
     dtype: str | torch.dtype | None = None,
     shard_bytes: int = 5 * 10**9,
     layout: Literal["family", "tritium"] = "family",
+    merge: bool = False,
 ) -> None:
     """Writes config.json and safetensors, in the layout of the family's published checkpoints or in Tritium's own.
 
     The latter can express any spec, but nothing else reads it. `dtype` converts the weights (None keeps them). Files
-    above `shard_bytes` are split and indexed; weight files of an earlier save in the folder are removed. Raises
-    TritiumError for a dtype, or a trait of the model, that the layout cannot express.
+    above `shard_bytes` are split and indexed; weight files of an earlier save in the folder are removed. `merge` adds
+    LoRA adapters to what is written, and leaves the model as it is. Raises TritiumError for a dtype, or a trait of the
+    model, that the layout cannot express, and for adapters that are not to be merged.
     """
     if layout not in ("family", NATIVE):
         raise TritiumError(f"layout: unknown {layout!r}; {nearest(str(layout), ('family', NATIVE))}")
     directory = Path(directory).expanduser()
     if directory.exists() and not directory.is_dir():
         raise TritiumError(f"{directory}: is a file; give a folder")
+    adapted = {f"{name}.weight": adapter for name, adapter in adapters(model).items()}
+    if adapted and not merge:
+        raise TritiumError("the model has LoRA adapters: merge them (merge_lora, or merge=True here) or save_adapter")
     spec = model.config
     family = None if layout == NATIVE else get_family(spec.family)
     wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype or model.dtype
@@ -189,7 +197,7 @@ def save_pretrained(
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
-    parameters = dict(model.named_parameters())
+    parameters = {name: value for name, value in model.named_parameters() if ".adapter." not in name}
     pieces = WeightMap(family, spec, parameters.items()).pieces.values()
     shards: list[list[Piece]] = [[]]
     size = total = 0
@@ -205,7 +213,11 @@ def save_pretrained(
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {piece.source: piece.read(parameters[piece.parameter]).to("cpu", wanted) for piece in shard}
+        tensors = {}
+        for piece in shard:
+            value: Tensor = parameters[piece.parameter]
+            value = adapted[piece.parameter].merged(value) if piece.parameter in adapted else value
+            tensors[piece.source] = piece.read(value).to("cpu", wanted)
         save_file(tensors, directory / name, {"format": "pt"})
         (directory / name).chmod((directory / "config.json").stat().st_mode)  # the library's own is for the owner alone
         weight_map.update(dict.fromkeys(tensors, name))

@@ -6,11 +6,12 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from .errors import Parser, TritiumError
+from .errors import Parser, TritiumError, complain, is_first_process
 
 VERIFY_IDS = 48  # tokens, where a checkpoint has no tokenizer
 VERIFY_PROMPT = (
@@ -52,6 +53,13 @@ def _parser() -> Parser:
 
     generate = commands.add_parser("generate", parents=[source, sampling], help="continue a prompt")
     generate.add_argument("--prompt", required=True, help="the text to continue")
+    generate.add_argument(
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="share every layer between the N processes that torchrun started",
+    )
     chat = commands.add_parser("chat", parents=[source, sampling], help="talk to a model")
     chat.add_argument("--prompt", help="answer this one message and end; otherwise a conversation on the terminal")
     chat.add_argument("--system", help="the system message")
@@ -89,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code or 0
     except TritiumError as error:
-        print(f"tritium: error: {' '.join(str(error).split())}", file=sys.stderr)
+        complain(f"tritium: error: {' '.join(str(error).split())}")
         return 2
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -112,7 +120,7 @@ def _usable_streams() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
-def _generator(options: argparse.Namespace) -> Any:
+def _generator(options: argparse.Namespace, mesh: Any = None) -> Any:
     # Wrong options must not cost the loading of a model first.
     from .generation import SamplingOptions
 
@@ -120,11 +128,13 @@ def _generator(options: argparse.Namespace) -> Any:
     SamplingOptions(**{name: getattr(options, name) for name in given if getattr(options, name) is not None})
     from .text import TextGenerator
 
-    return TextGenerator(*_load(options))
+    return TextGenerator(*_load(options, mesh))
 
 
-def _load(options: argparse.Namespace) -> tuple[Any, Any]:
-    """(model, tokenizer) of the model that was named, the bundled one where none was."""
+def _load(options: argparse.Namespace, mesh: Any = None) -> tuple[Any, Any]:
+    """(model, tokenizer) of the model that was named, the bundled one where none was; of a mesh of processes, each
+    gets its part of the model.
+    """
     if options.checkpoint is not None and (options.model is not None or options.size is not None):
         raise TritiumError("give either --checkpoint or --model and --size, not both")
     for name in ("size", "variant"):
@@ -142,8 +152,21 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any]:
         name = f"{family.name}:{family.size_name(options.size)}"
     chosen = {key: getattr(options, key) for key in ("variant", "device", "dtype", "backend")}
     chosen["overrides"] = dict(map(_override, options.override))
-    model, tokenizer, _ = load(name, progress=sys.stderr.isatty(), **chosen)
+    if mesh is not None:  # a model that is shared out may be too large for one device
+        chosen["device"] = "cpu"
+        if mesh.device.type != "cpu" and options.dtype == "auto":
+            chosen["dtype"] = "checkpoint"
+    model, tokenizer, _ = load(name, progress=_is_watched(), **chosen)
+    if mesh is not None:
+        from .parallel.tensor import split_model
+
+        split_model(model, mesh.index("tensor"), mesh.size("tensor"), mesh.group("tensor"))
+        model.to(mesh.device)
     return model, tokenizer
+
+
+def _is_watched() -> bool:
+    return sys.stderr.isatty() and is_first_process()
 
 
 def _override(text: str) -> tuple[str, Any]:
@@ -174,20 +197,38 @@ def _show(pieces: Iterable[str], options: argparse.Namespace) -> str:
         return "".join(shown)
     from tqdm import tqdm
 
-    quiet = not sys.stderr.isatty()
-    text = "".join(tqdm(pieces, desc="Generating", unit=" tokens", delay=1, leave=False, disable=quiet))
+    text = "".join(tqdm(pieces, desc="Generating", unit=" tokens", delay=1, leave=False, disable=not _is_watched()))
     print(text)
     return text
 
 
 def _generate(options: argparse.Namespace) -> None:
-    generator = _generator(options)
-    pieces = generator.generate(options.prompt, **_sampling(options))
-    if options.stream:
-        print(options.prompt, end="", flush=True)
-        _show(pieces, options)
-    else:
-        _show((piece for part in ((options.prompt,), pieces) for piece in part), options)
+    from .parallel.mesh import launched, started
+
+    count = options.tensor_parallel
+    if count < 1 or launched() not in (0, count):
+        wanted = (
+            f"must be 1 or more, got {count}" if count < 1 else f"torchrun started {launched()} processes, not {count}"
+        )
+        raise TritiumError(f"--tensor-parallel: {wanted}")
+    with started({"data": 1, "tensor": count}, options.device) as mesh, _one_voice():
+        generator = _generator(options, mesh)
+        pieces = generator.generate(options.prompt, **_sampling(options))
+        if options.stream:
+            print(options.prompt, end="", flush=True)
+            _show(pieces, options)
+        else:
+            _show((piece for part in ((options.prompt,), pieces) for piece in part), options)
+
+
+@contextmanager
+def _one_voice() -> Iterator[None]:
+    """Of several processes that say the same, only the first is heard."""
+    if is_first_process():
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+        yield
 
 
 def _chat(options: argparse.Namespace) -> None:

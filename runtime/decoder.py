@@ -3,19 +3,20 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels.cross_entropy import IGNORE_INDEX, cross_entropy_reference
+from ..kernels.cross_entropy import IGNORE_INDEX
 from .backend import Backend, shape_obstacle
 from .batch import Batch, Padding
 from .errors import TritiumError
 from .generation import SamplingOptions, generate_padded
-from .kernel_set import REFERENCE, KernelSet
-from .layers import TransformerDecoder, as_spec
-from .plan import Dense, Plan
+from .kernel_set import REFERENCE, KernelSet, Loss, normalise
+from .layers import Layer, TransformerDecoder, as_spec
+from .plan import Dense, Norm, Plan
+from .spec import DTYPES
 from .triton_path import Modes
 
 
@@ -24,7 +25,7 @@ class ModelOutput:
     """What a forward returns. `hidden_states` are those after the final norm; `loss` is None without labels."""
 
     loss: Tensor | None
-    logits: Tensor  # [B, S, V]
+    logits: Tensor | None  # [B, S, V]; None where they were not asked for
     hidden_states: Tensor  # [B, S, E]
 
 
@@ -41,6 +42,8 @@ class Decoder(nn.Module):
         self.stack = TransformerDecoder(spec)
         self.head = None if spec.tie_embeddings else nn.Linear(spec.embedding_dim, spec.vocab_size, bias=False)
         self.backend = Backend(backend)
+        # Otherwise only where processes share the layers: see parallel/tensor.py.
+        self.local_config, self.exchange = self.config, None
 
     @property
     def device(self) -> torch.device:
@@ -77,40 +80,112 @@ class Decoder(nn.Module):
         """Parameters stored; tied embeddings count once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def enable_gradient_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes each layer in the backward pass instead of keeping its activations."""
-        self.stack.gradient_checkpointing = enable
+    def enable_gradient_checkpointing(self, enable: bool = True, keep: str = "nothing") -> None:
+        """Recomputes each layer in the backward pass instead of keeping its activations.
+
+        `keep` says what is kept besides a layer's input: `nothing`; the results of `attention`, which costs the most to
+        compute again for what it takes to keep; or of the matrix `products` too. Raises TritiumError for another.
+        """
+        self.stack.enable_gradient_checkpointing(enable, keep)
+
+    def compute_in(self, dtype: torch.dtype | None) -> "Decoder":
+        """Computes in `dtype` on parameters that stay as they are, whose gradients come in their own dtype: bfloat16
+        over float32 parameters is how one trains. None: in the parameters' own dtype.
+        """
+        if dtype is not None and dtype not in DTYPES.values():
+            raise TritiumError(f"compute_in: takes {', '.join(DTYPES)} or None, got {dtype}")
+        for module in self.modules():
+            if isinstance(module, Layer):
+                module.compute_dtype = dtype
+        return self
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        return_logits: bool = True,
     ) -> ModelOutput:
         """input_ids [B, S] int64, attention_mask [B, S] (1 at real tokens, any padding), labels [B, S].
 
         The loss is the mean over the real tokens of predicting the next label of the same row; labels of -100 do not
-        count. Logits and hidden states are zero at the padding. Raises TritiumError for token ids outside the
-        vocabulary, rows beyond the context length and shapes that do not fit.
+        count. Logits and hidden states are zero at the padding. With `return_logits=False` the logits are never whole
+        in memory, and None in the result. Raises TritiumError for token ids outside the vocabulary, rows beyond the
+        context length and shapes that do not fit; under torch.compile ids are not looked at.
         """
-        self.check_tokens(input_ids, "input_ids")
         if input_ids.dim() != 2:
             raise TritiumError(f"input_ids: must be [batch, length], got {list(input_ids.shape)}")
-        if labels is not None:
-            self._check_labels(labels, input_ids)
-        padding = Padding.of(input_ids, attention_mask)
-        self.check_length(max(padding.counts, default=0))
-        batch = Batch.fresh(padding.counts, input_ids.device)
-        hidden, logits = self.run(self.bind(), padding.pack(input_ids), batch)
-        loss = None
-        if labels is not None:
-            loss = cross_entropy_reference(logits, _next_labels(padding.pack(labels), batch.starts))
-        return ModelOutput(loss, padding.unpack(logits), padding.unpack(hidden))
+        if labels is not None and labels.shape != input_ids.shape:
+            raise TritiumError(f"labels: must be {list(input_ids.shape)} like input_ids, got {list(labels.shape)}")
+        if torch.compiler.is_compiling():
+            padding, batch = Padding.traced(input_ids, attention_mask)
+            self.check_length(input_ids.shape[1])
+        else:
+            self.check_tokens(input_ids, "input_ids")
+            if labels is not None:
+                self.check_tokens(labels.masked_fill(labels == IGNORE_INDEX, 0), "labels")
+            padding = Padding.of(input_ids, attention_mask)
+            self.check_length(max(padding.counts, default=0))
+            batch = Batch.fresh(padding.counts, input_ids.device)
+        kernels = self.kernels
+        x, norm = self._advance(padding.pack(input_ids), batch, kernels)
+        follow = None if labels is None else _next_labels(padding.pack(labels), batch.device_starts)
+        loss = logits = None
+        if return_logits:
+            hidden, logits = kernels.norm_head(x, norm, self._bind_head())
+            loss = None if follow is None else kernels.cross_entropy(logits, follow)
+            logits = padding.unpack(logits)
+        elif follow is None:
+            hidden = normalise(x, norm)[1]
+        else:
+            hidden, loss = kernels.norm_head_loss(x, norm, self._bind_head(), follow, Loss())
+        return ModelOutput(loss, logits, padding.unpack(hidden))
+
+    def loss(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        batch: Batch,
+        *,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        reduction: Literal["mean", "sum"] = "mean",
+    ) -> Tensor:
+        """The loss of packed sequences, a float32 scalar: what a training step calls. Logits never stand whole.
+
+        tokens [T] int64, labels [T] int64: what follows each token, -100 where that does not count; `batch` bounds the
+        sequences (`Batch.fresh(counts, device)`). Ids and lengths are the caller's to check: nothing here waits for the
+        device. Raises ValueError for options that kernels/cross_entropy.py does not take.
+        """
+        kernels = self.kernels
+        x, norm = self._advance(tokens, batch, kernels)
+        how = Loss(label_smoothing, z_loss, reduction)
+        return kernels.norm_head_loss(x, norm, self._bind_head(), labels, how)[1]
+
+    def _advance(self, tokens: Tensor, batch: Batch, kernels: KernelSet) -> tuple[Tensor, Norm | None]:
+        """Packed tokens [T] -> the stream [T, E] after all blocks, and the norm that comes last; without a cache."""
+        x = self._embed(tokens, self.embedding.weight, batch, self._positions())
+        if self.training and self.config.dropout:
+            x = nn.functional.dropout(x, self.config.dropout)
+        return self.stack.advance(x, batch, kernels)
+
+    def _positions(self) -> Tensor | None:
+        return None if self.position_embedding is None else self.position_embedding.weight
+
+    def _bind_head(self) -> Dense:
+        return Dense(self.stack.cast(self.embedding.weight if self.head is None else self.head.weight), None)
+
+    def _embed(self, tokens: Tensor, weight: Tensor, batch: Batch, positions: Tensor | None) -> Tensor:
+        x = nn.functional.embedding(tokens, weight)
+        if positions is not None:
+            x = x + nn.functional.embedding(batch.positions, positions)
+        return self.stack.cast(x)
 
     def bind(self) -> Plan:
         """The plan of this model as its parameters are now: see plan.py."""
         layers, norm = self.stack.bind()
-        embedding = self.embedding.weight
-        head = Dense(embedding if self.head is None else self.head.weight, None)
-        positions = None if self.position_embedding is None else self.position_embedding.weight
-        return Plan(embedding, positions, layers, norm, head)
+        return Plan(self.embedding.weight, self._positions(), layers, norm, self._bind_head())
 
     def run(self, plan: Plan, tokens: Tensor, batch: Batch, last_only: bool = False) -> tuple[Tensor, Tensor]:
         """Packed tokens [T] -> (hidden after the final norm, logits), for all of them or each row's last.
@@ -118,9 +193,7 @@ class Decoder(nn.Module):
         With a cache in the batch, the new keys and values are in it afterwards and its lengths are advanced.
         """
         kernels = self.kernels
-        x = nn.functional.embedding(tokens, plan.embedding)
-        if plan.positions is not None:
-            x = x + nn.functional.embedding(batch.positions, plan.positions)
+        x = self._embed(tokens, plan.embedding, batch, plan.positions)
         x = self.stack.run(x, plan.layers, batch, kernels)
         if last_only and not batch.is_decode:
             x = x[[end - 1 for end in batch.starts[1:]]]
@@ -161,11 +234,6 @@ class Decoder(nn.Module):
                 wrong = low if low < 0 else high
                 raise TritiumError(f"{what}: token id {wrong} lies outside 0 to {self.config.vocab_size - 1}")
 
-    def _check_labels(self, labels: Tensor, input_ids: Tensor) -> None:
-        if labels.shape != input_ids.shape:
-            raise TritiumError(f"labels: must be {list(input_ids.shape)} like input_ids, got {list(labels.shape)}")
-        self.check_tokens(labels.masked_fill(labels == IGNORE_INDEX, 0), "labels")
-
     def check_length(self, length: int) -> None:
         """Raises TritiumError for a row longer than the context."""
         if length > self.config.context_length:
@@ -193,9 +261,10 @@ def _embedding(rows: int, width: int) -> nn.Embedding:
     return nn.Embedding.from_pretrained(weight, freeze=False)
 
 
-def _next_labels(labels: Tensor, starts: Sequence[int]) -> Tensor:
-    """Packed labels [T] shifted so that each token's is its successor's; a row's last has none."""
-    shifted = torch.full_like(labels, IGNORE_INDEX, dtype=torch.int64)
-    shifted[:-1] = labels[1:]
-    shifted[[end - 1 for start, end in pairwise(starts) if end > start]] = IGNORE_INDEX
-    return shifted
+def _next_labels(labels: Tensor, starts: Tensor) -> Tensor:
+    """Packed labels [T] shifted so that each token's is its successor's; a row's last has none, nor has padding behind
+    the last row: starts [rows + 1].
+    """
+    place = torch.arange(1, labels.shape[0] + 1, device=labels.device)
+    alone = torch.isin(place, starts) | (place > starts[-1])
+    return nn.functional.pad(labels[1:].to(torch.int64), (0, 1), value=IGNORE_INDEX).masked_fill(alone, IGNORE_INDEX)

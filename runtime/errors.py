@@ -2,6 +2,9 @@
 
 import argparse
 import difflib
+import os
+import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -14,11 +17,29 @@ class TritiumError(ValueError):
     """
 
 
+def is_first_process() -> bool:
+    """Whether this process is the one that speaks: of those that torchrun starts, the first."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
+
+
+PATIENCE = 10.0  # seconds
+
+
+def complain(message: str) -> None:
+    """Says on standard error why this process ends. Where torchrun started several, the mistake is mostly everyone's
+    and the first says it: torchrun then ends the others, which wait for that. Whoever it does not end was alone in it.
+    """
+    if not is_first_process():
+        time.sleep(PATIENCE)
+    print(message, file=sys.stderr, flush=True)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        complain(f"{self.prog}: error: {message} (see {self.prog} --help)")
+        self.exit(2)
 
 
 SHOWN = 40  # of the choices in one message

@@ -76,12 +76,12 @@ def _steps(
         return
     rows = list(range(len(prompts)))
     counts = [len(prompt) for prompt in prompts]
-    uniforms = _uniforms(options, len(rows), model.device)
+    uniforms = _uniforms(options, len(rows), model)
     stops = frozenset(eos_ids)
     done = [False] * len(rows)
     with torch.inference_mode():
         cache = KVCache(
-            model.config, len(rows), max(counts) + options.max_new_tokens, dtype=model.dtype, device=model.device
+            model.local_config, len(rows), max(counts) + options.max_new_tokens, dtype=model.dtype, device=model.device
         )
         plan = model.bind()
         tokens = torch.tensor([token for prompt in prompts for token in prompt], device=model.device)
@@ -125,13 +125,15 @@ def _check(model: "Decoder", prompts: Sequence[Sequence[int]], options: Sampling
         model.check_tokens(torch.tensor(prompt), where)
 
 
-def _uniforms(options: SamplingOptions, rows: int, device: torch.device) -> Tensor | None:
+def _uniforms(options: SamplingOptions, rows: int, model: "Decoder") -> Tensor | None:
     """[rows, steps] random numbers, one a token."""
     if options.temperature == 0:
         return None
     seed = secrets.randbits(62) if options.seed is None else options.seed
+    if model.exchange is not None and options.seed is None:  # all processes must draw the same tokens
+        seed = model.exchange.common(seed, model.device)
     seeds = torch.arange(rows, dtype=torch.int64).unsqueeze(1) + seed
-    return philox_uniform_reference(seeds, torch.arange(options.max_new_tokens)).to(device)
+    return philox_uniform_reference(seeds, torch.arange(options.max_new_tokens)).to(model.device)
 
 
 def generate_padded(

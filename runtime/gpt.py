@@ -26,7 +26,7 @@ class GPTConfig:
     residual: Literal["pre_norm", "post_norm"] = "pre_norm"
     bias: bool = True  # in the projections; layer norms have one always
     tie_word_embeddings: bool = True
-    dropout: float = 0.0  # only 0 is supported
+    dropout: float = 0.0  # in training: of the embedding and of what each layer adds to the stream
     norm_eps: float = 1e-5
 
     def __getitem__(self, name: str) -> Any:
@@ -40,8 +40,6 @@ class GPTConfig:
     def to_spec(self) -> ModelSpec:
         """The spec that the decoder is built from. Raises TritiumError for sizes that do not fit together."""
         where = "GPTConfig"
-        if self.dropout != 0.0:
-            raise TritiumError(f"{where}: dropout {self.dropout} is not supported, only 0.0")
         if self.n_head < 1 or self.n_embd % self.n_head:
             raise TritiumError(f"{where}: n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         values = {
@@ -60,6 +58,7 @@ class GPTConfig:
             "mlp_bias": self.bias,
             "norm_eps": self.norm_eps,
             "tie_embeddings": self.tie_word_embeddings,
+            "dropout": self.dropout,
             "dtype": "float32",
         }
         return get_family("gpt").spec_from(values, where)

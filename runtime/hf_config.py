@@ -209,7 +209,8 @@ def config_from_spec(family: Family, spec: ModelSpec) -> dict[str, Any]:
     lost = []
     try:
         again = spec_from_config(family, config, "config.json").as_dict()
-        lost = [name for name, value in spec.as_dict().items() if again[name] != value]
+        # Dropout is how a model is trained, not what it computes: no config.json need hold it.
+        lost = [name for name, value in spec.as_dict().items() if again[name] != value and name != "dropout"]
     except TritiumError as error:
         lost = [str(error)]
     if lost:

@@ -6,12 +6,13 @@ all rows packed one after another (see batch.py); every phase is a function of i
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.attention import sdpa_attention, sdpa_paged_attention
+from ..kernels.cross_entropy import IGNORE_INDEX, cross_entropy_reference
 from ..kernels.decode_attention import dense_decode_attention_reference
 from ..kernels.layer_norm import layer_norm_reference
 from ..kernels.linear import linear_reference, linear_residual_reference
@@ -21,7 +22,17 @@ from ..kernels.sampling import sample_reference
 from ..kernels.swiglu import swiglu_reference
 from .batch import Batch
 from .operations import DEFINITIONS, Operations
-from .plan import Attention, Dense, Experts, Mlp, Norm
+from .plan import Attention, Dense, Experts, LowRank, Mlp, Norm
+from .sdpa import sdpa_attention, sdpa_paged_attention
+
+
+@dataclass(frozen=True)
+class Loss:
+    """How the loss is taken: see kernels/cross_entropy.py."""
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    reduction: Literal["mean", "sum"] = "mean"
 
 
 @dataclass(frozen=True)
@@ -29,6 +40,7 @@ class KernelSet:
     """One implementation of the decoder's phases."""
 
     name: str
+    norm: Callable[[Tensor, Norm | None], tuple[Tensor, Tensor]]
     norm_linear: Callable[[Tensor, Norm | None, Dense], tuple[Tensor, Tensor]]
     qk_norm_rope_cache: Callable[[Tensor, Attention, Batch], tuple[Tensor, Tensor | None, Tensor | None]]
     attention: Callable[[Tensor, Tensor | None, Tensor | None, Attention, Batch], Tensor]
@@ -36,6 +48,8 @@ class KernelSet:
     norm_gate_up_act: Callable[[Tensor, Norm | None, Mlp], tuple[Tensor, Tensor]]
     norm_experts: Callable[[Tensor, Norm | None, Experts, Tensor | None], Tensor]
     norm_head: Callable[[Tensor, Norm | None, Dense], tuple[Tensor, Tensor]]
+    cross_entropy: Callable[[Tensor, Tensor], Tensor]
+    norm_head_loss: Callable[[Tensor, Norm | None, Dense, Tensor, Loss], tuple[Tensor, Tensor]]
     sample: Callable[[Tensor, float, int, float, Tensor | None], Tensor]
 
 
@@ -51,10 +65,25 @@ def normalise(x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
     return (y if norm.replaces_stream else x), y
 
 
+def adapted(
+    y: Tensor, x: Tensor, linear: Dense, project: Callable[..., Tensor], project_onto: Callable[..., Tensor]
+) -> Tensor:
+    """y [T, N] with what the adapter of a LowRank weight makes of x [T, K]; with a plain weight, y as it is."""
+    if not isinstance(linear, LowRank):
+        return y
+    x = F.dropout(x, linear.dropout) if linear.dropout else x
+    return project_onto(project(x, linear.a, None), linear.b, None, y)
+
+
+def _project(x: Tensor, linear: Dense) -> Tensor:
+    y = linear_reference(x, linear.weight, linear.bias)
+    return adapted(y, x, linear, linear_reference, linear_residual_reference)
+
+
 def _norm_linear(x: Tensor, norm: Norm | None, linear: Dense) -> tuple[Tensor, Tensor]:
     """[T, E] -> (stream [T, E], projection [T, N])."""
     stream, y = normalise(x, norm)
-    return stream, linear_reference(y, linear.weight, linear.bias)
+    return stream, _project(y, linear)
 
 
 def _qk_norm_rope_cache(qkv: Tensor, attention: Attention, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -100,7 +129,8 @@ def _attention(q: Tensor, k: Tensor | None, v: Tensor | None, attention: Attenti
 
 def _linear_residual(x: Tensor, linear: Dense, stream: Tensor) -> Tensor:
     """[T, K] and the stream [T, E] -> the stream with the projection added."""
-    return linear_residual_reference(x, linear.weight, linear.bias, stream)
+    stream = linear_residual_reference(x, linear.weight, linear.bias, stream)
+    return adapted(stream, x, linear, linear_reference, linear_residual_reference)
 
 
 PLAIN_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -140,8 +170,21 @@ def _norm_head(x: Tensor, norm: Norm | None, head: Dense) -> tuple[Tensor, Tenso
     return hidden, linear_reference(hidden, head.weight, head.bias)
 
 
+def head_loss(operations: Operations, hidden: Tensor, head: Dense, labels: Tensor, loss: Loss) -> Tensor:
+    """The loss of the head's projection of normalised x [T, E] against labels [T]: a scalar."""
+    options = (IGNORE_INDEX, loss.label_smoothing, loss.z_loss, loss.reduction)
+    return operations.linear_cross_entropy(hidden, head.weight, labels, *options)
+
+
+def _norm_head_loss(x: Tensor, norm: Norm | None, head: Dense, labels: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
+    """[T, E] and labels [T] -> (normalised [T, E], loss)."""
+    _, hidden = normalise(x, norm)
+    return hidden, head_loss(DEFINITIONS, hidden, head, labels, loss)
+
+
 REFERENCE = KernelSet(
     name="torch",
+    norm=normalise,
     norm_linear=_norm_linear,
     qk_norm_rope_cache=_qk_norm_rope_cache,
     attention=_attention,
@@ -149,5 +192,7 @@ REFERENCE = KernelSet(
     norm_gate_up_act=_norm_gate_up_act,
     norm_experts=_norm_experts,
     norm_head=_norm_head,
+    cross_entropy=cross_entropy_reference,
+    norm_head_loss=_norm_head_loss,
     sample=sample_reference,
 )

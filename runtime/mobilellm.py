@@ -23,7 +23,7 @@ class MobileLLMConfig:
     rope_base: float = 500000.0
     use_qk_norm: bool = True
     tie_word_embeddings: bool = True
-    dropout: float = 0.0  # only 0 is supported
+    dropout: float = 0.0  # in training: of the embedding and of what each layer adds to the stream
     norm_eps: float = 1e-5
     head_dim: int | None = None  # None: embed_dim / num_heads
     num_experts: int = 0  # above 0: every layer is a mixture of them instead of a feed-forward of hidden_dim
@@ -41,8 +41,6 @@ class MobileLLMConfig:
     def to_spec(self) -> ModelSpec:
         """The spec that the decoder is built from. Raises TritiumError for sizes that do not fit together."""
         where = "MobileLLMConfig"
-        if self.dropout != 0.0:
-            raise TritiumError(f"{where}: dropout {self.dropout} is not supported, only 0.0")
         if self.num_heads < 1:
             raise TritiumError(f"{where}: num_heads must be above 0, got {self.num_heads}")
         if self.head_dim is None and self.embed_dim % self.num_heads:
@@ -62,6 +60,7 @@ class MobileLLMConfig:
             "rope_base": self.rope_base,
             "rope_scaling": None,
             "tie_embeddings": self.tie_word_embeddings,
+            "dropout": self.dropout,
             "dtype": "bfloat16",
         }
         if not self.use_qk_norm:
@@ -102,6 +101,7 @@ def get_mobilellm_config(name: str) -> MobileLLMConfig:
         num_experts=spec.num_experts,
         experts_per_token=spec.experts_per_token,
         expert_dim=spec.expert_dim,
+        dropout=spec.dropout,
     )
 
 

@@ -59,16 +59,19 @@ def _require_gradients(model: Decoder, patterns: tuple[str, ...], wanted: bool) 
     return chosen
 
 
-def save_checkpoint(model: Decoder, directory: str | Path, dtype: str | torch.dtype | None = None) -> None:
+def save_checkpoint(
+    model: Decoder, directory: str | Path, dtype: str | torch.dtype | None = None, merge: bool = False
+) -> None:
     """The model as config.json and safetensors that `load_checkpoint` reads: in the layout of its family's published
-    checkpoints where that can express it, else in Tritium's own. `dtype` converts the weights (None keeps them).
+    checkpoints where that can express it, else in Tritium's own. `dtype` converts the weights (None keeps them);
+    `merge` adds LoRA adapters to what is written.
     """
     try:
-        save_pretrained(model, directory, dtype)
+        save_pretrained(model, directory, dtype, merge=merge)
     except TritiumError as error:
         if "cannot express" not in str(error):
             raise
-        save_pretrained(model, directory, dtype, layout="tritium")
+        save_pretrained(model, directory, dtype, layout="tritium", merge=merge)
 
 
 def load_checkpoint(directory: str | Path, device: str | torch.device | None = None) -> Decoder:

@@ -1,20 +1,26 @@
-"""The operations that the Triton phases are composed of, as one table, twice: kernels and definitions.
+"""The operations that the Triton phases are composed of, as one table, three times: kernels, definitions, and kernels
+with gradients.
 
-Both have the same signatures (a test holds it), so that either can stand in for the other: that is how a single kernel
-is verified inside a running model.
+All have the same signatures (a test holds it), so that one can stand in for the other: that is how a single kernel is
+verified inside a running model.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..kernels import attention as _attention
+from ..kernels import attention_backward  # noqa: F401 - registers what a gradient needs
 from ..kernels import combine as _combine
+from ..kernels import cross_entropy as _cross_entropy
 from ..kernels import decode_attention as _decode
 from ..kernels import grouped_linear as _grouped
 from ..kernels import layer_norm as _layer_norm
 from ..kernels import linear as _linear
+from ..kernels import linear_cross_entropy as _loss
 from ..kernels import qk_norm_rope as _rope
 from ..kernels import rms_norm as _rms_norm
 from ..kernels import routing as _routing
@@ -42,6 +48,8 @@ class Operations:
     grouped_swiglu: Callable[..., Tensor]
     grouped_linear: Callable[..., Tensor]
     combine: Callable[..., Tensor]
+    cross_entropy: Callable[..., Tensor]
+    linear_cross_entropy: Callable[..., Tensor]
     sample: Callable[..., Tensor]
 
 
@@ -62,6 +70,8 @@ DEFINITIONS = Operations(
     grouped_swiglu=_grouped.grouped_swiglu_reference,
     grouped_linear=_grouped.grouped_linear_reference,
     combine=_combine.combine_reference,
+    cross_entropy=_cross_entropy.cross_entropy_reference,
+    linear_cross_entropy=_loss.linear_cross_entropy_reference,
     sample=_sampling.sample_reference,
 )
 
@@ -82,5 +92,44 @@ KERNELS = Operations(
     grouped_swiglu=_grouped.grouped_swiglu,
     grouped_linear=_grouped.grouped_linear,
     combine=_combine.combine,
+    cross_entropy=_cross_entropy.cross_entropy,
+    linear_cross_entropy=_loss.linear_cross_entropy,
     sample=_sampling.sample,
 )
+
+
+def _attention_keeping_lse(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, window: int | None = None
+) -> Tensor:
+    """Attention whose backward finds the softmax's sums instead of computing them anew."""
+    out: Tensor = torch.ops.tritium.attention_with_lse(q, k, v, starts, scale, window)[0]
+    return out
+
+
+def _qk_norm_rope(qkv: Tensor, num_heads: int, num_kv_heads: int, *how: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The registered operation gives q and k; v is a view of qkv, which it may not return."""
+    q, k = torch.ops.tritium.qk_norm_rope(qkv, num_heads, num_kv_heads, *how)
+    return q, k, qkv.unflatten(1, (num_heads + 2 * num_kv_heads, -1))[:, num_heads + num_kv_heads :]
+
+
+_REGISTERED = torch.ops.tritium
+DIFFERENTIABLE = replace(
+    KERNELS,
+    rms_norm=_REGISTERED.rms_norm,
+    layer_norm=_REGISTERED.layer_norm,
+    linear=_REGISTERED.linear,
+    linear_residual=_REGISTERED.linear_residual,
+    linear_swiglu=_REGISTERED.linear_swiglu,
+    swiglu=_REGISTERED.swiglu,
+    qk_norm_rope=_qk_norm_rope,
+    attention=_attention_keeping_lse,
+    route=_REGISTERED.route,
+    group=_REGISTERED.group,
+    grouped_swiglu=_REGISTERED.grouped_swiglu,
+    grouped_linear=_REGISTERED.grouped_linear,
+    combine=_REGISTERED.combine,
+    cross_entropy=_REGISTERED.cross_entropy,
+    linear_cross_entropy=_REGISTERED.linear_cross_entropy,
+)
+"""The kernels as torch.library has them, with their gradients; on a CPU each is its definition. Those of a cache, and
+sampling, have no gradients."""

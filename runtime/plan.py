@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.rms_norm import Scaled
+from .parallel.exchange import Exchange
 from .rope import RotaryEmbedding
 
 
@@ -20,6 +21,20 @@ class Dense:
 
     weight: Tensor
     bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank(Dense):
+    """A weight with an adapter beside it: y = x W^T + bias + (dropout(x) A^T) B^T, from equation 3 of Hu et al. 2021
+    (arXiv:2106.09685). The adapter's scale is in A.
+
+    The parts of a packed weight have adapters of their own: their A lie one above the other, and each part's rows of B
+    are zero but in the columns of its own A.
+    """
+
+    a: Tensor  # [R, K]
+    b: Tensor  # [N, R]
+    dropout: float  # of what the adapter is given; 0 but in training
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +98,8 @@ class Layer:
     out: Dense
     mlp_norm: Norm | None
     mlp: Mlp | Experts
+    dropout: float  # of what both halves add to the stream; 0 but in training
+    exchange: Exchange | None  # with the processes that hold the other parts of these weights; None: they are whole
 
 
 @dataclass(frozen=True, slots=True)

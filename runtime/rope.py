@@ -86,6 +86,9 @@ class RopeScaling:
         return {"rope_type": self.rope_type, **{key: value for key, value in self.values if value is not None}}
 
 
+BY_PROMPT = ("dynamic", "qwen_ntk")  # rules whose angles depend on the length of a row's prompt
+
+
 def inverse_frequencies(
     head_dim: int, base: float, scaling: RopeScaling | None = None, stretch: float = 1.0
 ) -> tuple[Tensor, float]:
@@ -97,7 +100,7 @@ def inverse_frequencies(
     if stretch != 1.0:
         base = base * stretch ** (head_dim / (head_dim - 2))
     frequencies = 1.0 / (base ** (torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim))
-    if scaling is None or scaling.rope_type in ("dynamic", "qwen_ntk"):
+    if scaling is None or scaling.rope_type in BY_PROMPT:
         return frequencies, 1.0
     value = {key: number for key, number in scaling.values if number is not None}
     factor, original = value["factor"], value["original_max_position_embeddings"]
@@ -150,6 +153,13 @@ class RotaryEmbedding:
         scaling = self._rule[2]
         return 1.0 if scaling is None else scaling.stretch(prompt)
 
+    @property
+    def by_prompt(self) -> bool:
+        """Whether a row's angles depend on how long its prompt is."""
+        scaling = self._rule[2]
+        return scaling is not None and scaling.rope_type in BY_PROMPT
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def table(self, device: torch.device, stretches: tuple[float, ...] = (1.0,)) -> Tensor:
         """The tables of these stretches one behind the other: [len(stretches) * context_length, 2, head_dim / 2].
 

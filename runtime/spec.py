@@ -66,6 +66,8 @@ class ModelSpec:
     # Whole
     tie_embeddings: bool
     layer_repeat: int  # times each stored layer runs in succession, each time with a cache slot of its own
+    # Training alone
+    dropout: float  # chance that an element of the embedding, or of what a layer adds to the stream, is dropped
 
     def __getitem__(self, name: str) -> Any:
         if name not in _FIELDS:
@@ -194,6 +196,8 @@ def _check_consistency(spec: ModelSpec) -> None:
             raise TritiumError(f"{name} must be above 0, got {spec[name]}")
         if not spec[name] < MAX_SIZE:
             raise TritiumError(f"{name} must be below {MAX_SIZE}, got {spec[name]}")
+    if not 0 <= spec.dropout < 1:
+        raise TritiumError(f"dropout must be 0 or more and below 1, got {spec.dropout}")
     if spec.num_heads % spec.num_kv_heads:
         raise TritiumError(f"num_heads ({spec.num_heads}) must be a multiple of num_kv_heads ({spec.num_kv_heads})")
     if spec.positions == "rope" and spec.head_dim % 2:

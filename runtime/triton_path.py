@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..kernels.linear import linear_reference, linear_residual_reference
 from .batch import Batch
-from .kernel_set import PLAIN_ACTIVATIONS, KernelSet, mixture
-from .plan import Attention, Dense, Experts, Mlp, Norm
+from .kernel_set import PLAIN_ACTIVATIONS, KernelSet, Loss, adapted, head_loss, mixture
+from .plan import Attention, Dense, Experts, LowRank, Mlp, Norm
 
 if TYPE_CHECKING:
     from .operations import Operations
@@ -36,6 +36,8 @@ class Modes:
 def compose(name: str, operations: "Operations", modes: Modes) -> KernelSet:
     """The phases over these operations."""
     own_linear = modes.batch_invariant or modes.sampler_equals_trainer
+    product = operations.linear if own_linear else linear_reference
+    product_onto = operations.linear_residual if own_linear else linear_residual_reference
 
     def normalise(x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
         if norm is None:
@@ -47,7 +49,7 @@ def compose(name: str, operations: "Operations", modes: Modes) -> KernelSet:
         return (y if norm.replaces_stream else x), y
 
     def project(x: Tensor, linear: Dense) -> Tensor:
-        return (operations.linear if own_linear else linear_reference)(x, linear.weight, linear.bias)
+        return adapted(product(x, linear.weight, linear.bias), x, linear, product, product_onto)
 
     def norm_linear(x: Tensor, norm: Norm | None, linear: Dense) -> tuple[Tensor, Tensor]:
         stream, y = normalise(x, norm)
@@ -90,12 +92,11 @@ def compose(name: str, operations: "Operations", modes: Modes) -> KernelSet:
         return out.flatten(1)
 
     def linear_residual(x: Tensor, linear: Dense, stream: Tensor) -> Tensor:
-        add = operations.linear_residual if own_linear else linear_residual_reference
-        return add(x, linear.weight, linear.bias, stream)
+        return adapted(product_onto(x, linear.weight, linear.bias, stream), x, linear, product, product_onto)
 
     def norm_gate_up_act(x: Tensor, norm: Norm | None, mlp: Mlp) -> tuple[Tensor, Tensor]:
         stream, y = normalise(x, norm)
-        if mlp.kind == "gated" and own_linear:
+        if mlp.kind == "gated" and own_linear and not isinstance(mlp.up, LowRank):
             return stream, operations.linear_swiglu(y, mlp.up.weight, mlp.up.bias)
         hidden = project(y, mlp.up)
         if mlp.kind == "gated":
@@ -110,11 +111,16 @@ def compose(name: str, operations: "Operations", modes: Modes) -> KernelSet:
         _, hidden = normalise(x, norm)
         return hidden, project(hidden, head)
 
+    def norm_head_loss(x: Tensor, norm: Norm | None, head: Dense, labels: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
+        _, hidden = normalise(x, norm)
+        return hidden, head_loss(operations, hidden, head, labels, loss)
+
     def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform: Tensor | None) -> Tensor:
         return operations.sample(logits, temperature, top_k, top_p, uniform)
 
     return KernelSet(
         name=name,
+        norm=normalise,
         norm_linear=norm_linear,
         qk_norm_rope_cache=qk_norm_rope_cache,
         attention=attend,
@@ -122,5 +128,7 @@ def compose(name: str, operations: "Operations", modes: Modes) -> KernelSet:
         norm_gate_up_act=norm_gate_up_act,
         norm_experts=norm_experts,
         norm_head=norm_head,
+        cross_entropy=operations.cross_entropy,
+        norm_head_loss=norm_head_loss,
         sample=sample,
     )

@@ -22,7 +22,7 @@ from .batch import Batch
 from .decoder import Decoder
 from .errors import TritiumError
 from .generation import SamplingOptions, generate
-from .kernel_set import REFERENCE, KernelSet
+from .kernel_set import REFERENCE, KernelSet, Loss
 from .kv_cache import KVCache
 from .layers import run_layer
 from .operations import DEFINITIONS, KERNELS, Operations
@@ -191,7 +191,11 @@ def _through(model: Decoder, ids: Tensor, batch: Batch, kernels: KernelSet, comp
         comparison.layer = index
         x = run_layer(x, layer, batch, kernels)
     comparison.layer = None
-    return kernels.norm_head(x, plan.norm, plan.head)[1]
+    logits = kernels.norm_head(x, plan.norm, plan.head)[1]
+    if batch.cache is None:  # as in training
+        kernels.cross_entropy(logits, ids)
+        kernels.norm_head_loss(x, plan.norm, plan.head, ids, Loss())
+    return logits
 
 
 def _embedded(plan: Any, ids: Tensor, batch: Batch) -> Tensor:

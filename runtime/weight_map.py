@@ -54,6 +54,26 @@ class Piece:
             tensor = transform(tensor)
         parameter[self.place].copy_(tensor)
 
+    @property
+    def is_turned(self) -> bool:
+        """Whether the checkpoint has the matrix as [in, out]."""
+        return Tensor.t in self.load
+
+    def fill_rows(self, rows: Tensor, tensor: Tensor) -> None:
+        """Writes a matrix [out, any] of the layer's output rows, as the checkpoint orders them, into `rows`, which are
+        ordered as the parameter's are.
+        """
+        tensor = tensor.t() if self.is_turned else tensor
+        for transform in self.load:
+            tensor = transform(tensor)
+        rows.copy_(tensor)
+
+    def read_rows(self, rows: Tensor) -> Tensor:
+        """The reverse of `fill_rows`."""
+        for transform in self.save:
+            rows = transform(rows)
+        return (rows.t() if self.is_turned else rows).contiguous()
+
     def read(self, parameter: Tensor) -> Tensor:
         """The checkpoint tensor back from the parameter."""
         tensor = parameter[self.place]
@@ -185,24 +205,30 @@ class WeightMap:
 
     def check(self, found: Mapping[str, tuple[int, ...]], where: str) -> None:
         """Raises one TritiumError that lists all that is missing, unknown or misshapen in a checkpoint."""
-        missing = [name for name in self.pieces if name not in found]
-        unknown = [name for name in found if name not in self.pieces and not self.ignores(name)]
-        misshapen = [
-            f"{name} is {list(found[name])}, expected {list(piece.shape)}"
-            for name, piece in self.pieces.items()
-            if name in found and tuple(found[name]) != piece.shape
-        ]
-        problems = [
-            f"{what} {len(names)}: {_listed(names)}"
-            for what, names in (("missing", missing), ("unknown", unknown), ("wrong shape", misshapen))
-            if names
-        ]
-        if problems:
-            raise TritiumError(f"{where}: tensors do not fit the model: {'; '.join(problems)}")
+        used = {name: shape for name, shape in found.items() if name in self.pieces or not self.ignores(name)}
+        check_shapes({name: piece.shape for name, piece in self.pieces.items()}, used, where)
 
     def ignores(self, name: str) -> bool:
         """Whether a checkpoint may hold this tensor without the model using it."""
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.ignore)
+
+
+def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Raises one TritiumError that lists all that is missing, unknown or misshapen among the tensors found."""
+    missing = [name for name in expected if name not in found]
+    unknown = [name for name in found if name not in expected]
+    misshapen = [
+        f"{name} is {list(found[name])}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name]) != shape
+    ]
+    problems = [
+        f"{what} {len(names)}: {_listed(names)}"
+        for what, names in (("missing", missing), ("unknown", unknown), ("wrong shape", misshapen))
+        if names
+    ]
+    if problems:
+        raise TritiumError(f"{where}: tensors do not fit the model: {'; '.join(problems)}")
 
 
 def _listed(names: list[str]) -> str:

@@ -14,6 +14,7 @@ import yaml
 
 from ..errors import TritiumError, nearest
 from ..files import read_yaml
+from ..lora import ALL_LINEAR, LoRA
 from ..registry import MODELS
 from ..spec import _checked as checked
 
@@ -181,6 +182,33 @@ class Schedule:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """How the processes that torchrun started share the work."""
+
+    data: int | None = None  # replicas of the model; None: as many as the processes make
+    shard: int = 1  # processes over which a replica's weights are spread, each with micro-batches of its own
+    tensor: int = 1  # processes that compute each layer together
+
+    def __post_init__(self) -> None:
+        _positive(self, "data", "shard", "tensor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Adapters that are trained in place of the weights: see ../lora.py."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = (ALL_LINEAR,)
+    dropout: float = 0.0
+    rslora: bool = False
+    merge: bool = True  # checkpoints hold the merged model too
+
+    def __post_init__(self) -> None:
+        LoRA(self.rank, self.alpha, self.targets, self.dropout, self.rslora)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Loss:
     """What is added to the cross-entropy."""
 
@@ -242,11 +270,13 @@ class TrainingConfig:
     output: str
     seed: int = 1
     device: str | None = None
+    parallel: Parallel = Parallel()
     backend: Literal["auto", "triton", "torch"] = "auto"
     batch_invariant: bool = False
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     gradient_checkpointing: Literal["nothing", "attention", "products"] | None = None
     compile: bool = False
+    lora: Lora | None = None  # None: the weights themselves are trained
     freeze: tuple[str, ...] = ()  # patterns of the names of parameters that stay as they are
     data: Data
     optimizer: Optimizer
@@ -259,6 +289,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.seed <= LARGEST_SEED:
             raise TritiumError(f"seed: must be 0 to 2^63 - 1, got {self.seed}")
+        if self.lora is not None and (self.parallel.shard > 1 or self.parallel.tensor > 1):
+            raise TritiumError("lora: is for whole replicas: leave it out, or parallel's shard and tensor")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as JSON gives them back."""

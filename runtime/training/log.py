@@ -20,13 +20,16 @@ MEASURED = 0.2  # seconds for which products run
 class Log:
     """The records of a run: in log.jsonl, one JSON object a line, and drawn as loss.png."""
 
-    def __init__(self, output: Path, step: int) -> None:
-        """Opens the log of a run that goes on from `step`: what was written of later steps goes."""
-        self.path = output / "log.jsonl"
-        self.records = [record for record in _read(self.path) if record["step"] <= step]
-        _replace(self.path, "".join(json.dumps(record) + "\n" for record in self.records).encode())
+    def __init__(self, output: Path | None, step: int) -> None:
+        """Opens the log of a run that goes on from `step`: what was written of later steps goes. Without a folder the
+        records are nowhere but here.
+        """
+        self.path = Path(os.devnull) if output is None else output / "log.jsonl"
+        self.records = [] if output is None else [record for record in _read(self.path) if record["step"] <= step]
+        if output is not None:
+            _replace(self.path, "".join(json.dumps(record) + "\n" for record in self.records).encode())
         self._file = self.path.open("a", encoding="utf-8")
-        self._can_plot = True
+        self._can_plot = output is not None
 
     def write(self, record: dict[str, Any]) -> None:
         self.records.append(record)

@@ -8,6 +8,7 @@ from ..checkpoint import load_weights, read_spec
 from ..decoder import Decoder
 from ..errors import TritiumError
 from ..loading import load_config, load_model, pick_device, resolve_checkpoint
+from ..lora import add_lora
 from ..model_utils import freeze, initialise
 from ..registry import families, get_family
 from ..spec import DTYPES, ModelSpec
@@ -16,13 +17,16 @@ from .config import Initialise, TrainingConfig
 from .vocabulary import Vocabulary, of_folder
 
 
-def build_model(config: TrainingConfig) -> tuple[Decoder, Vocabulary | None]:
-    """The model, with float32 weights, and the tokenizer of the checkpoint that it comes from.
+def build_model(config: TrainingConfig, device: torch.device | None = None) -> tuple[Decoder, Vocabulary | None]:
+    """The model, with float32 weights, and the tokenizer of the checkpoint that it comes from; on `device`, or where
+    the configuration says. Under adapters, which are float32, the weights are the checkpoint's own.
 
-    Raises TritiumError for a model, override or device that is not there or does not fit.
+    Raises TritiumError for a model, override, adapter or device that is not there or does not fit.
     """
-    device = pick_device(config.device)
+    device = pick_device(device or config.device)
     spec, folder = _find(config)
+    if config.lora is not None and (folder is None or config.initialise is not None):
+        raise TritiumError("lora: is for a checkpoint's weights: give one as the model, and no initialise")
     if config.overrides:
         try:
             spec = spec.replace(**config.overrides)
@@ -33,12 +37,14 @@ def build_model(config: TrainingConfig) -> tuple[Decoder, Vocabulary | None]:
         _draw(model, config.initialise or Initialise(), config.seed)
     else:
         with torch.device("meta"):
-            model = Decoder(spec).to(torch.float32)
+            model = Decoder(spec).to(torch.float32 if config.lora is None else DTYPES[spec.dtype])
         load_weights(model, folder, progress=False, device=device)
     model.use_backend(config.backend, batch_invariant=config.batch_invariant)
     model.compute_in(DTYPES[config.compute_dtype])
     if config.gradient_checkpointing is not None:
         model.enable_gradient_checkpointing(keep=config.gradient_checkpointing)
+    if (lora := config.lora) is not None:
+        add_lora(model, lora.rank, lora.alpha, lora.targets, lora.dropout, lora.rslora, config.seed)
     if config.freeze:
         freeze(model, *config.freeze)
     return model, None if folder is None else _own_vocabulary(folder, spec)

@@ -34,15 +34,23 @@ def learning_rate(step: int, settings: Optimizer, schedule: Schedule) -> float:
     return bottom + (top - bottom) * (1 + math.cos(math.pi * done)) / 2
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor that may be spread over several (a DTensor). Changes to it count."""
+    held: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return held
+
+
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
     """The Euclidean norm of all gradients together, float32."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     return torch.nn.utils.get_total_norm(gradients)
 
 
+@torch.no_grad()
 def clip_gradients(parameters: Sequence[nn.Parameter], norm: Tensor, most: float) -> None:
     """Scales the gradients, of norm `norm`, so that their norm is at most `most`."""
-    torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
+    gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    torch._foreach_mul_(gradients, (most / (norm + 1e-6)).clamp(max=1.0))
 
 
 class Average:
@@ -56,7 +64,8 @@ class Average:
     @torch.no_grad()
     def update(self, done: int) -> None:
         """Takes in the weights as they are when `done` steps, this one included, are behind."""
-        torch._foreach_lerp_(self.values, self.parameters, max(1 / self.steps, 5 / (4 + done)))
+        values, parameters = list(map(local, self.values)), list(map(local, self.parameters))
+        torch._foreach_lerp_(values, parameters, max(1 / self.steps, 5 / (4 + done)))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -67,6 +76,10 @@ class Average:
         finally:
             self._swap()
 
+    @torch.no_grad()
     def _swap(self) -> None:
-        for index, parameter in enumerate(self.parameters):
-            parameter.data, self.values[index] = self.values[index], parameter.data
+        """By copying: what spreads parameters over processes knows their memory."""
+        for value, parameter in zip(self.values, self.parameters, strict=True):
+            before = parameter.clone()
+            parameter.copy_(value)
+            value.copy_(before)

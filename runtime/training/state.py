@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,21 @@ from torch import Tensor
 from ..decoder import Decoder
 from ..errors import TritiumError
 from ..files import read_json
+from ..lora_files import save_adapter
 from ..model_utils import save_checkpoint
 from .config import TrainingConfig
 from .optimizer import Average
+from .processes import Processes
 from .vocabulary import Vocabulary
 
 FORMAT = 1
 STATE = Path("training")  # within a checkpoint
+ADAPTER = "adapter"  # not beside the merged model: transformers would take that for the base and add the adapter again
 # Where a run is, how fast it goes and what is written of it may change from one start to the next.
-FREE = ("output", "device", "backend", "batch_invariant", "compile", "gradient_checkpointing", "checkpoint", "log")
+FREE = (
+    *("output", "device", "parallel", "backend", "batch_invariant", "compile", "gradient_checkpointing"),
+    *("checkpoint", "log"),
+)
 
 
 @dataclass(frozen=True)
@@ -54,15 +60,20 @@ def saved_steps(output: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def tensors_of(model: Decoder, optimizer: torch.optim.Optimizer, average: Average | None) -> dict[str, Tensor]:
-    """All that training changes, by name: parameters, the optimizer's state, the averaged weights."""
+def tensors_of(
+    model: Decoder, optimizer: torch.optim.Optimizer, average: Average | None, processes: Processes
+) -> dict[str, Tensor]:
+    """All that training changes, by name, for the first process to save: parameters, the optimizer's state, the
+    averaged weights.
+    """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    tensors = {f"parameter.{name}": parameter.detach() for name, parameter in trained.items()}
+    tensors = {f"parameter.{name}": processes.whole(name, parameter.detach()) for name, parameter in trained.items()}
     for name, parameter in trained.items():
         for key, value in optimizer.state[parameter].items():
-            tensors[f"optimizer.{key}.{name}"] = value
+            tensors[f"optimizer.{key}.{name}"] = processes.whole(name, value)
     if average is not None:
-        tensors |= {f"average.{name}": value for name, value in zip(trained, average.values, strict=True)}
+        for name, value in zip(trained, average.values, strict=True):
+            tensors[f"average.{name}"] = processes.whole(name, value)
     return tensors
 
 
@@ -74,38 +85,59 @@ def save(
     optimizer: torch.optim.Optimizer,
     average: Average | None,
     vocabulary: Vocabulary | None,
+    processes: Processes,
 ) -> Path:
-    """Writes the checkpoint of a step. Raises TritiumError, with the folder as it was, where the disk refuses."""
+    """The first process writes the checkpoint of a step. Raises TritiumError on all of them, with the folder as it was,
+    where the disk refuses.
+    """
     folder = folder_of(output, position.step)
     partial = output / f".{folder.name}.partial"
+
+    def write_model() -> None:
+        with _writing(folder, partial):
+            _remove(partial)
+            (partial / STATE).mkdir(parents=True)
+            if config.lora is not None:
+                save_adapter(whole, partial / ADAPTER)
+            if config.lora is None or config.lora.merge:
+                save_checkpoint(whole, partial, config.checkpoint.dtype or model.config.dtype, merge=True)
+            if vocabulary is not None:
+                vocabulary.save(partial)
+
+    def write_state() -> None:
+        with _writing(folder, partial):
+            _write_state(partial / STATE, position, config, tensors)
+            for path in [*partial.rglob("*"), partial]:
+                _to_disk(path)
+            _remove(folder)
+            partial.rename(folder)
+            _to_disk(output)
+
+    with contextlib.nullcontext() if average is None else average.in_place():
+        whole = processes.whole_model(model)
+        processes.first(write_model)
+    tensors = tensors_of(model, optimizer, average, processes)
+    processes.first(write_state)
+    return folder
+
+
+def _write_state(folder: Path, position: Position, config: TrainingConfig, tensors: Mapping[str, Tensor]) -> None:
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / "state.safetensors")
+    record = {"format": FORMAT, **vars(position), "config": config.as_dict(), "torch": torch.__version__}
+    (folder / "state.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _writing(folder: Path, partial: Path) -> Iterator[None]:
+    """What the disk refuses within is one TritiumError, and what was written so far is removed."""
     try:
-        _remove(partial)
-        (partial / STATE).mkdir(parents=True)
-        with contextlib.nullcontext() if average is None else average.in_place():
-            save_checkpoint(model, partial, config.checkpoint.dtype or model.config.dtype)
-        if vocabulary is not None:
-            vocabulary.save(partial)
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors_of(model, optimizer, average).items()}
-        save_file(tensors, partial / STATE / "state.safetensors")
-        record = {
-            "format": FORMAT,
-            **vars(position),
-            "config": config.as_dict(),
-            "torch": torch.__version__,
-        }
-        (partial / STATE / "state.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        for path in [*partial.rglob("*"), partial]:
-            _to_disk(path)
-        _remove(folder)
-        partial.rename(folder)
-        _to_disk(output)
+        yield
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
             _remove(partial)
-        kept = saved_steps(output)
+        kept = saved_steps(folder.parent)
         whole = f"the checkpoint of step {kept[-1]} is whole" if kept else "there is no earlier one"
         raise TritiumError(f"{folder}: not saved ({reason(error)}); {whole}") from None
-    return folder
 
 
 def reason(error: Exception) -> str:
@@ -168,7 +200,14 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
 
 
 @torch.no_grad()
-def restore(output: Path, step: int, model: Decoder, optimizer: torch.optim.Optimizer, average: Average | None) -> None:
+def restore(
+    output: Path,
+    step: int,
+    model: Decoder,
+    optimizer: torch.optim.Optimizer,
+    average: Average | None,
+    processes: Processes,
+) -> None:
     """Makes model, optimizer and averaged weights those of a checkpoint. Raises TritiumError for what does not fit."""
     path = folder_of(output, step) / STATE / "state.safetensors"
     try:
@@ -179,23 +218,24 @@ def restore(output: Path, step: int, model: Decoder, optimizer: torch.optim.Opti
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, parameter in trained.items():
         found = saved.get(f"parameter.{name}")
-        if found is None or found.shape != parameter.shape:
+        shape = processes.whole_shape(name, parameter)
+        if found is None or tuple(found.shape) != shape:
             held = "nothing" if found is None else list(found.shape)
-            raise TritiumError(f"{path}: {name} should be {list(parameter.shape)}, and the file has {held}")
-        parameter.copy_(found)
+            raise TritiumError(f"{path}: {name} should be {list(shape)}, and the file has {held}")
+        parameter.copy_(processes.part(name, found, parameter))
     names = {id(parameter): name for name, parameter in trained.items()}
     state: dict[int, dict[str, Tensor]] = {}
     for index, parameter in enumerate(parameter for group in optimizer.param_groups for parameter in group["params"]):
         name = names[id(parameter)]
         state[index] = {
-            key.split(".")[1]: value
+            key.split(".")[1]: processes.part(name, value, parameter)
             for key, value in saved.items()
             if key.startswith("optimizer.") and key.split(".", 2)[2] == name
         }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     if average is not None:
-        for name, value in zip(trained, average.values, strict=True):
-            value.copy_(saved[f"average.{name}"])
+        for (name, parameter), value in zip(trained.items(), average.values, strict=True):
+            value.copy_(processes.part(name, saved[f"average.{name}"], parameter))
 
 
 def _remove(path: Path) -> None:

@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from ..batch import Batch
 from ..decoder import Decoder
 from ..errors import TritiumError
+from ..parallel.mesh import started
 from ..spec import DTYPES
 from . import state
 from .config import TrainingConfig, read_config
 from .data import Batches, Micro, batches, evaluation_batches
+from .group import Group
 from .log import Log, Meter, measure_peak, progress
 from .model import build_model
-from .optimizer import Average, build_optimizer, clip_gradients, gradient_norm, learning_rate
+from .optimizer import Average, build_optimizer, clip_gradients, learning_rate
 from .processes import Processes
 from .sources import Sources, read_sources
 from .vocabulary import Vocabulary
@@ -67,40 +69,57 @@ def train(path: str | Path, changes: Sequence[str] = (), resume: bool = False) -
     numbers or the disk fail.
     """
     config = read_config(path, changes)
-    output = Path(config.output).expanduser()
-    _check_output(output, resume)
-    position = state.read_position(output, config)
-    run = prepare(config)
-    fingerprint = run.sources.train.fingerprint()
-    if position.data not in (None, fingerprint):
-        raise TritiumError(f"--resume: the training data are not those with which {output} began")
-    position = replace(position, data=fingerprint)
-    if position.step:
-        state.restore(output, position.step, run.model, run.optimizer, run.average)
-    if resume:
+    with started(vars(config.parallel), config.device) as mesh:
+        return _train(config, resume, Processes() if mesh is None else Group.of(mesh, config))
+
+
+def _train(config: TrainingConfig, resume: bool, processes: Processes) -> int:
+    run, position = processes.together(lambda: _set_out(config, resume, processes))
+    output = run.output
+    if resume and processes.is_first:
         _say(
             f"going on from step {position.step}"
             if position.step
             else "no checkpoint yet: starting from the first step"
         )
-    try:
+
+    def make_room() -> None:
         output.mkdir(parents=True, exist_ok=True)
         state.clear_partials(output)
+
+    try:
+        processes.first(make_room)
         position, measured = _loop(run, position)
     except OSError as error:  # a full disk, above all
         raise TritiumError(f"{output}: {state.reason(error)}; the checkpoints in it are whole") from None
     folder = state.folder_of(output, position.step)
-    if position.step < config.schedule.steps:
+    interrupted = position.step < config.schedule.steps
+    if processes.is_first and interrupted:
         _say(f"interrupted after step {position.step}, saved as {folder}: go on with --resume")
-        return INTERRUPTED
-    figures = "" if measured is None else f", validation loss {measured:.4f} nats a token"
-    print(f"{folder}: step {position.step}{figures}")
-    return 0
+    elif processes.is_first:
+        figures = "" if measured is None else f", validation loss {measured:.4f} nats a token"
+        print(f"{folder}: step {position.step}{figures}")
+    return INTERRUPTED if interrupted else 0
+
+
+def _set_out(config: TrainingConfig, resume: bool, processes: Processes) -> tuple[Run, state.Position]:
+    """All that is checked and read before anything is written: a run, and where it goes on from."""
+    output = Path(config.output).expanduser()
+    _check_output(output, resume)
+    position = state.read_position(output, config)
+    run = prepare(config, processes)
+    fingerprint = run.sources.train.fingerprint()
+    if position.data not in (None, fingerprint):
+        raise TritiumError(f"--resume: the training data are not those with which {output} began")
+    if position.step:
+        state.restore(output, position.step, run.model, run.optimizer, run.average, processes)
+    return run, replace(position, data=fingerprint)
 
 
 def prepare(config: TrainingConfig, processes: Processes | None = None) -> Run:
     """Reads and checks the data, builds the model and the optimizer; writes nothing. Raises TritiumError."""
-    model, own = build_model(config)
+    processes = processes or Processes()
+    model, own = build_model(config, processes.device)
     sources = read_sources(config.data, model.config.vocab_size, own)
     longest = max(*config.data.lengths, config.evaluation.window or 1)
     if longest > model.config.context_length:
@@ -111,6 +130,7 @@ def prepare(config: TrainingConfig, processes: Processes | None = None) -> Run:
     train_batches = batches(config.data, sources.train, sources.vocabulary, steps, config.seed)
     if sources.validation is not None and not any(micro.labelled for micro in _evaluated(config, sources)):
         raise TritiumError("data: validation: is too short: it needs two tokens at least")
+    processes.spread(model, DTYPES[config.compute_dtype])
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise TritiumError("freeze: leaves no parameter to train")
@@ -123,7 +143,7 @@ def prepare(config: TrainingConfig, processes: Processes | None = None) -> Run:
         average=None if config.optimizer.average is None else Average(parameters, config.optimizer.average),
         batches=train_batches,
         sources=sources,
-        processes=processes or Processes(),
+        processes=processes,
     )
 
 
@@ -139,7 +159,9 @@ def train_step(run: Run, step: int) -> Step:
     labelled = max(sum(micro.labelled for micro in micros), 1)
     run.model.train()
     total = torch.zeros((), device=run.model.device)
-    for number, micro in run.processes.share(micros):
+    shared = list(run.processes.share(micros))
+    for number, micro in shared:
+        run.processes.expect(run.model, number == shared[-1][0])
         _seed(config.seed, step, number)
         loss = _micro_loss(run, micro) / labelled
         loss.backward()
@@ -147,7 +169,7 @@ def train_step(run: Run, step: int) -> Step:
     run.processes.sum_gradients(run.parameters)
     loss_value = float(run.processes.total(total))
     _check_finite(loss_value, "loss", step)
-    norm = gradient_norm(run.parameters)
+    norm = run.processes.gradient_norm(run.parameters)
     norm_value = float(norm)
     _check_finite(norm_value, "norm of the gradient", step)
     if config.optimizer.clip is not None:
@@ -194,13 +216,16 @@ def evaluate(run: Run) -> dict[str, float]:
     """The loss on the validation data, of the averaged weights where there are such: nats a token and bits a byte."""
     run.model.eval()
     total = torch.zeros((), dtype=torch.float64, device=run.model.device)
-    labelled = 0
+    labelled, processes = 0, run.processes
     with nullcontext() if run.average is None else run.average.in_place():
         for number, micro in enumerate(_evaluated(run.config, run.sources)):
             labelled += micro.labelled
-            if number % run.processes.world == run.processes.rank:
+            if number % processes.world == processes.rank:
                 total += _micro_loss(run, micro, label_smoothing=0.0, z_loss=0.0)
-    nats = float(run.processes.total(total))
+        if number % processes.world < processes.rank:  # weights may be gathered: all go forward equally often
+            _micro_loss(run, micro)
+        processes.release(run.model)
+    nats = float(processes.total(total))
     found = {"validation_loss": nats / labelled}
     source = run.sources.validation
     if source is not None and source.nbytes is not None and run.config.evaluation.tokens == "whole":
@@ -212,11 +237,11 @@ def _loop(run: Run, position: state.Position) -> tuple[state.Position, float | N
     """Steps until the end or an interruption. Gives where that is, and the last validation loss."""
     config, processes = run.config, run.processes
     steps, evaluation, checkpoint = config.schedule.steps, config.evaluation, config.checkpoint
-    meter = Meter(run.model.config, measure_peak(run.model.device, DTYPES[config.compute_dtype]) * processes.world)
+    meter = Meter(run.model.config, measure_peak(run.model.device, DTYPES[config.compute_dtype]) * processes.count)
     shown = processes.is_first and sys.stderr.isatty()
     with (
         _interruption() as interrupted,
-        closing(Log(run.output, position.step)) as log,
+        closing(Log(run.output if processes.is_first else None, position.step)) as log,
         progress(steps, position.step, shown) as bar,
     ):
         meter.go_on()
@@ -225,7 +250,7 @@ def _loop(run: Run, position: state.Position) -> tuple[state.Position, float | N
             meter.add(result.counts)
             position = replace(position, step=position.step + 1, tokens=position.tokens + sum(result.counts))
             last = position.step == steps
-            stopping = bool(interrupted) and not last
+            stopping = processes.any(bool(interrupted)) and not last
             if last or position.step % config.log.every == 0:
                 record = {name: value for name, value in vars(result).items() if name != "counts"}
                 log.write({"step": position.step, **record, "tokens": position.tokens, **meter.read()})
@@ -259,11 +284,13 @@ def _save(run: Run, position: state.Position, measured: dict[str, float] | None)
     if measured is not None and (position.best_loss is None or measured["validation_loss"] < position.best_loss):
         position = replace(position, best_step=position.step, best_loss=measured["validation_loss"])
     vocabulary: Vocabulary | None = run.sources.vocabulary
-    folder = state.save(run.output, position, run.config, run.model, run.optimizer, run.average, vocabulary)
-    state.point(run.output, "last", folder)
-    if position.best_step is not None:
-        state.point(run.output, "best", state.folder_of(run.output, position.best_step))
-    state.prune(run.output, run.config.checkpoint.keep, position.best_step)
+    trained = (run.model, run.optimizer, run.average)
+    folder = state.save(run.output, position, run.config, *trained, vocabulary, run.processes)
+    if run.processes.is_first:
+        state.point(run.output, "last", folder)
+        if position.best_step is not None:
+            state.point(run.output, "best", state.folder_of(run.output, position.best_step))
+        state.prune(run.output, run.config.checkpoint.keep, position.best_step)
     return position
 
 

@@ -98,6 +98,10 @@ def test_floors_of_attention() -> None:
     assert case.flop == 4 * 64 * 128 * (2048 * 2049 // 2)
     case = find("decode_attention", smoke=False)["30B-A3B 32/4 d128 batch 1 keys 1024"]
     assert case.reads == 2 * (2 * 1024 * 4 * 128 + 32 * 128)
+    case = find("attention_backward", smoke=False)["GQA 64/8 d128 2048"]
+    assert case.flop == 10 * 64 * 128 * (2048 * 2049 // 2)
+    assert case.reads == 2 * 2048 * 128 * (3 * 64 + 2 * 8) + 4 * 2048 * 64
+    assert case.writes == 2 * 2048 * 128 * (64 + 2 * 8)
     chunk = find("attention", smoke=False)["qwen3 8B 32/8 d128 1024 of 8192 paged"]
     assert chunk.flop == 4 * 32 * 128 * sum(range(8192 - 1024 + 1, 8192 + 1))
 

@@ -46,7 +46,7 @@ def test_the_config_is_the_spec() -> None:
     ("changes", "message"),
     [
         ({"n_embd": 50}, r"n_embd \(50\) must be a multiple of n_head \(4\)"),
-        ({"dropout": 0.1}, "dropout 0.1 is not supported"),
+        ({"dropout": -0.1}, "dropout must be 0 or more and below 1, got -0.1"),
         ({"activation": "silu"}, "a plain mlp does not take the activation silu"),
         ({"n_layer": 0}, "num_layers must be above 0"),
     ],

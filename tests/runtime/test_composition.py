@@ -97,19 +97,21 @@ def test_a_step_behind_a_first_token_sees_it() -> None:
     torch.testing.assert_close(torch.cat(logits), whole, rtol=1e-5, atol=1e-5)
 
 
-def test_auto_is_torch_under_gradients_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels have no backward pass: silently losing gradients would be worse than being slow."""
+def test_gradients_on_a_gpu_take_the_kernels_that_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losing a gradient without a word would be the worst of all; a table of operations without any, the slowest."""
     monkeypatch.setattr(backends, "_obstacle", lambda device, dtype: None)
 
     def like(wants: bool) -> Any:
         return SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, requires_grad=wants)
 
     auto = Backend("auto")
-    assert auto.kernels(like(False), [like(False)]).name == "triton"
-    assert auto.kernels(like(True)).name == "torch"
-    assert auto.kernels(like(False), [like(False), like(True)]).name == "torch"
+    direct, differentiable = backends.triton_kernels(Modes()), backends.differentiable_kernels(Modes())
+    assert direct is not differentiable
+    assert auto.kernels(like(False), [like(False)]) is direct
+    assert auto.kernels(like(True)) is differentiable
+    assert auto.kernels(like(False), [like(False), like(True)]) is differentiable
     with torch.no_grad():
-        assert auto.kernels(like(True), [like(True)]).name == "triton"
+        assert auto.kernels(like(True), [like(True)]) is direct
 
 
 def test_the_plain_interpreter_is_refused_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:

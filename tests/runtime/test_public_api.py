@@ -68,8 +68,8 @@ def test_the_documented_950m() -> None:
 def test_wrong_configs() -> None:
     with pytest.raises(TritiumError, match="unknown size '951m'; did you mean 950m"):
         get_mobilellm_config("951m")
-    with pytest.raises(TritiumError, match=r"dropout 0\.1 is not supported"):
-        MobileLLM(MobileLLMConfig(**SMALL, dropout=0.1))
+    with pytest.raises(TritiumError, match=r"dropout must be 0 or more and below 1, got 1\.0"):
+        MobileLLM(MobileLLMConfig(**SMALL, dropout=1.0))
     with pytest.raises(TritiumError, match=r"embed_dim \(50\) must be a multiple of num_heads \(6\)"):
         MobileLLM(MobileLLMConfig(**{**SMALL, "embed_dim": 50}))
     with pytest.raises(TritiumError, match=r"num_heads \(6\) must be a multiple of num_kv_heads \(4\)"):
@@ -84,7 +84,17 @@ def test_forward_gives_loss_logits_and_hidden_states(model: MobileLLM) -> None:
     expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
     torch.testing.assert_close(out.loss, expected)
     assert model(x).loss is None
-    assert list(inspect.signature(model.forward).parameters) == ["input_ids", "attention_mask", "labels"]
+    assert list(inspect.signature(model.forward).parameters) == [
+        "input_ids",
+        "attention_mask",
+        "labels",
+        "return_logits",
+    ]
+    without = model(x, labels=x, return_logits=False)
+    assert without.logits is None
+    torch.testing.assert_close(without.loss, expected)
+    torch.testing.assert_close(without.hidden_states, out.hidden_states)
+    assert torch.equal(model(x, return_logits=False).hidden_states, out.hidden_states)
 
 
 def test_nothing_to_predict_is_a_loss_of_zero(model: MobileLLM) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tritium.kernels import launch as launching
-from tritium.runtime.backend import Backend, triton_kernels
+from tritium.runtime.backend import Backend, differentiable_kernels, triton_kernels
 from tritium.runtime.batch import Batch
 from tritium.runtime.decoder import Decoder
 from tritium.runtime.errors import TritiumError
@@ -398,9 +398,7 @@ def test_auto_follows_the_weights_and_gradients() -> None:
         assert model.kernels.name == "triton"
         assert model.use_backend("auto").kernels.name == ("triton" if DEVICE == "cuda" else "torch")
         assert model.use_backend("torch").kernels.name == "torch"
-    assert model.use_backend("auto").kernels.name == "torch"  # parameters want gradients
-    with pytest.raises(TritiumError, match="cannot run here: its kernels compute no gradients"):
-        _ = model.use_backend("triton").kernels
+    assert model.use_backend("triton").kernels is differentiable_kernels(Modes())  # parameters want gradients
     with torch.no_grad(), pytest.raises(TritiumError, match=r"not torch\.float64"):
         _ = model.double().kernels
 

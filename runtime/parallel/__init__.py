@@ -1,0 +1,1 @@
+"""One model on several processes: data-parallel, fully sharded, tensor-parallel."""
