@@ -15,6 +15,7 @@ from .errors import TritiumError
 from .generation import SamplingOptions, generate_padded
 from .kernel_set import REFERENCE, KernelSet, Loss, normalise
 from .layers import Layer, TransformerDecoder, as_spec
+from .parallel.exchange import Exchange
 from .plan import Dense, Norm, Plan
 from .spec import DTYPES
 from .triton_path import Modes
@@ -42,8 +43,9 @@ class Decoder(nn.Module):
         self.stack = TransformerDecoder(spec)
         self.head = None if spec.tie_embeddings else nn.Linear(spec.embedding_dim, spec.vocab_size, bias=False)
         self.backend = Backend(backend)
-        # Otherwise only where processes share the layers: see parallel/tensor.py.
-        self.local_config, self.exchange = self.config, None
+        # Other ones only where processes share the layers: see parallel/tensor.py.
+        self.local_config = self.config
+        self.exchange: Exchange | None = None
 
     @property
     def device(self) -> torch.device:

@@ -14,6 +14,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,17 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tritium.runtime import cli, errors
+from tritium.runtime.batch import Batch
 from tritium.runtime.checkpoint import save_pretrained
 from tritium.runtime.errors import TritiumError
 from tritium.runtime.loading import load_config, load_model
 from tritium.runtime.parallel import mesh
+from tritium.runtime.parallel.exchange import Exchange
 from tritium.runtime.parallel.tensor import Split, local_spec, splits
 from tritium.runtime.spec import ModelSpec
 from tritium.runtime.training import state
+
+from tests.rule import DEVICE
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
 TEXT = "".join(f"{number} green bottles hanging on the wall,\n" for number in range(120))
@@ -37,8 +42,8 @@ SIZES = {
     **{"vocab_size": len(set(TEXT)), "dropout": 0.2},
 }
 MODELS = {  # family: (a size of it, how it is made small)
-    "qwen3": ("models/qwen3/0.6B.yaml", {"num_kv_heads": 2, "tie_embeddings": True}),
-    "gpt": ("models/gpt/small.yaml", {"num_kv_heads": 4}),
+    "qwen3": ("models/qwen3/0.6B.yaml", {"num_kv_heads": 2, "tie_embeddings": True, "layer_repeat": 2}),
+    "gpt": ("models/gpt/small.yaml", {"num_kv_heads": 4, "residual": "post_norm"}),
     "mixture": (
         "models/qwen3/30B-A3B.yaml",
         {"num_kv_heads": 2, "num_experts": 5, "experts_per_token": 2, "expert_dim": 12},
@@ -47,6 +52,7 @@ MODELS = {  # family: (a size of it, how it is made small)
 TWO = ("data", "shard", "tensor")
 FOUR = {"data_tensor": {"data": 2, "tensor": 2}, "shard_tensor": {"shard": 2, "tensor": 2}, "data_shard": {"shard": 2}}
 STEPS, SAVED = 5, 3
+WAIT = 180  # seconds for what takes a few
 
 
 def small_spec(family: str) -> ModelSpec:
@@ -97,7 +103,7 @@ def launch(folder: Path, name: str, jobs: list[dict[str, Any]], processes: int =
     how = ["--nproc-per-node", str(processes), "--master-addr", "127.0.0.1", "--master-port", str(port)]
     command = [sys.executable, "-m", "torch.distributed.run", *how, str(WORKER), str(folder / f"{name}.json")]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command, capture_output=True, text=True, timeout=WAIT, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
 
 
@@ -120,8 +126,33 @@ def cut_short(folder: Path, family: str, name: str, copy: str) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of all runs: each family alone and in two processes, each way; one killed; some resumed."""
-    folder = tmp_path_factory.mktemp("parallel")
+    """The folder of all runs. Where pytest itself has several processes, the first to come makes it for all."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return make_runs(base / "parallel")
+    shared, ready = base.parent / "parallel", base.parent / "parallel.ready"
+    if claim(base.parent / "parallel.claimed"):
+        make_runs(shared)
+        ready.touch()
+    deadline = time.monotonic() + WAIT
+    while not ready.exists():
+        assert time.monotonic() < deadline, "the process that was to make the runs did not"
+        time.sleep(0.2)
+    return shared
+
+
+def claim(path: Path) -> bool:
+    """Whether this process is the first that claims a name."""
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def make_runs(folder: Path) -> Path:
+    """Each family alone and in two processes, each way; one run that is killed; some that are resumed."""
+    folder.mkdir()
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     for family in MODELS:
         write_model(folder / family, family)
@@ -249,8 +280,11 @@ def test_without_a_seed_all_processes_draw_the_same(runs: Path) -> None:
 
 
 def test_four_processes_in_two_ways_at_once(runs: Path) -> None:
-    """Would break: another order of the mesh's axes, a sum over the wrong one."""
-    jobs = [train(write_config(runs, "qwen3", name, parallel=sizes)) for name, sizes in FOUR.items()]
+    """With layers that are computed again in the backward. Would break: another order of the mesh's axes, a sum over
+    the wrong one, a sum into what checkpointing has kept.
+    """
+    again = {"gradient_checkpointing": "products"}
+    jobs = [train(write_config(runs, "qwen3", name, parallel=sizes, **again)) for name, sizes in FOUR.items()]
     ended = launch(runs, "four", jobs, processes=4)
     assert ended.returncode == 0, ended.stderr[-3000:]
     for name in FOUR:
@@ -347,3 +381,37 @@ def test_whoever_is_not_first_speaks_last(monkeypatch: pytest.MonkeyPatch, capsy
         assert cli.main(["train", "no-such-file.yaml"]) == 2
         assert capsys.readouterr().err.startswith("tritium: error: no-such-file.yaml")
     assert waited == [errors.PATIENCE]
+
+
+class Alone(Exchange):
+    """Of a process that has all of every layer."""
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def leave(self, summand: torch.Tensor) -> torch.Tensor:
+        return summand
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("family", MODELS)
+def test_a_layer_that_is_shared_has_the_same_phases(family: str, backend: str) -> None:
+    """On the Triton path, too: what an exchange sits between is what the fused phases give, with its gradients."""
+    spec = small_spec(family).replace(dropout=0.0, num_layers=1, layer_repeat=1)
+    tokens = torch.arange(1, 6, device=DEVICE)
+    found = []
+    for exchange in (None, Alone(None)):
+        model = load_model(spec, device=DEVICE, dtype=torch.float32).use_backend(backend)
+        generator = torch.Generator(DEVICE).manual_seed(2)
+        for parameter in model.parameters():
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator, device=DEVICE)
+        for block in model.stack.blocks:
+            block.exchange = exchange
+        loss = model.train().loss(tokens, tokens.roll(-1), Batch.fresh([3, 2], tokens.device))
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    for one, two in zip(*found, strict=True):
+        assert one is not None
+        assert two is not None
+        assert one.abs().max() > 0
+        torch.testing.assert_close(two, one, atol=1e-5, rtol=1e-5)
