@@ -3,7 +3,7 @@
 import math
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +39,7 @@ class Run:
 
     config: TrainingConfig
     model: Decoder
-    loss: Any  # model.loss, compiled or not
+    loss: Callable[..., Tensor]  # of tokens, labels and the sequences' counts: a sum
     parameters: Sequence[nn.Parameter]  # those that are trained
     optimizer: torch.optim.Optimizer
     average: Average | None
@@ -137,7 +137,7 @@ def prepare(config: TrainingConfig, processes: Processes | None = None) -> Run:
     return Run(
         config=config,
         model=model,
-        loss=torch.compile(model.loss) if config.compile else model.loss,
+        loss=_packed_loss(model, longest if config.compile else None),
         parameters=parameters,
         optimizer=build_optimizer(model, config.optimizer),
         average=None if config.optimizer.average is None else Average(parameters, config.optimizer.average),
@@ -189,8 +189,31 @@ def _micro_loss(run: Run, micro: Micro, **options: Any) -> Tensor:
     device = run.model.device
     tokens, labels = (part.to(device, non_blocking=True) for part in (micro.tokens, micro.labels))
     settings = {"label_smoothing": run.config.loss.label_smoothing, "z_loss": run.config.loss.z_loss, **options}
-    loss: Tensor = run.loss(tokens, labels, Batch.fresh(micro.counts, device), reduction="sum", **settings)
-    return loss
+    return run.loss(tokens, labels, micro.counts, **settings)
+
+
+def _packed_loss(model: Decoder, longest: int | None) -> Callable[..., Tensor]:
+    """The sum of the losses of packed sequences; compiled, for sequences of at most `longest` tokens, where that is
+    given: one graph for all ways to cut the tokens into sequences.
+    """
+
+    def eager(tokens: Tensor, labels: Tensor, counts: Sequence[int], **options: float) -> Tensor:
+        return model.loss(tokens, labels, Batch.fresh(counts, tokens.device), reduction="sum", **options)
+
+    if longest is None:
+        return eager
+
+    def traced(tokens: Tensor, labels: Tensor, starts: Tensor, positions: Tensor, options: dict[str, float]) -> Tensor:
+        return model.loss(tokens, labels, Batch.traced(starts, positions, longest), reduction="sum", **options)
+
+    fast = torch.compile(traced, fullgraph=True)
+
+    def compiled(tokens: Tensor, labels: Tensor, counts: Sequence[int], **options: float) -> Tensor:
+        batch = Batch.fresh(counts, tokens.device)
+        found: Tensor = fast(tokens, labels, batch.device_starts, batch.positions, options)
+        return found
+
+    return compiled
 
 
 def _seed(*numbers: int) -> None:

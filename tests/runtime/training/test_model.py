@@ -50,12 +50,9 @@ def test_settings_reach_the_model(values: Values, monkeypatch: pytest.MonkeyPatc
     assert not built(values).backend.modes.batch_invariant
     asked = []
     monkeypatch.setattr(Decoder, "enable_gradient_checkpointing", lambda self, *, keep: asked.append(keep))
-    monkeypatch.setattr(torch, "compile", lambda function: asked.append(function) or function)
     built(values)
     built(values, gradient_checkpointing="attention")
     assert asked == ["attention"]
-    run = trainer.prepare(config.parse({**values, "compile": True}, "test"))
-    assert asked[1:] == [run.model.loss]
 
 
 def test_smoothing_and_z_loss_are_trained_with_and_not_measured(values: Values) -> None:

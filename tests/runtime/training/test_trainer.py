@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch._dynamo.backends.debugging import aot_eager
 from tritium.runtime import cli
 from tritium.runtime.errors import TritiumError
 from tritium.runtime.training import state, trainer
@@ -317,7 +318,7 @@ def test_the_average_is_what_is_saved_and_measured(values: Values, write: Write)
         torch.testing.assert_close(value, mean[name], atol=1e-6, rtol=1e-5)
         assert not torch.equal(value, parameters(run)[name])
     last = records(values["output"])[-1]["validation_loss"]
-    assert trainer.evaluate(trainer.replace(run, model=saved, loss=saved.loss, average=None))[
+    assert trainer.evaluate(trainer.replace(run, model=saved, loss=trainer._packed_loss(saved, None), average=None))[
         "validation_loss"
     ] == pytest.approx(last, rel=1e-5)
 
@@ -350,6 +351,29 @@ def test_gradient_checkpointing_changes_no_bit(values: Values) -> None:
         assert plain == recomputed
     for one, two in pairwise(map(parameters, runs)):
         assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_compiled_is_the_same_training(values: Values, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences of every length go through one graph; the backend that makes code would only take longer here."""
+    graphs = []
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr("tritium.kernels.launch.obstacle", lambda *args: "not here")  # definitions: no interpreter
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **how: compiler(function, **how, backend=counting))
+    values["data"] = {**values["data"], "sampling": "documents"}
+    values["data"] |= {"document_separator": "\n", "batch_tokens": 48, "batch_size": None}
+    plain, compiled = (prepared({**values, "compile": whether}) for whether in (False, True))
+    for step in range(7):
+        expected, found = trainer.train_step(plain, step), trainer.train_step(compiled, step)
+        assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+        assert found.gradient_norm == pytest.approx(expected.gradient_norm, rel=1e-4)
+    assert len({len(compiled.batches.at(step)[0].counts) for step in range(7)}) > 2
+    assert 1 <= len(graphs) <= 2  # for the first number of sequences, and for any
 
 
 def test_a_checkpoint_is_trained_on(values: Values, write: Write, tmp_path: Path) -> None:
