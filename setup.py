@@ -54,6 +54,7 @@ setup(
             "hypothesis>=6.100",
             "transformers>=5.17",
             "tiktoken>=0.8",
+            "peft>=0.17",
             "matplotlib>=3.9",
             "ruff>=0.15",
             "mypy>=2.0",

@@ -35,8 +35,8 @@ PAGES = [
     "README.md",
     *(f"architecture/{name}.md" for name in ("attention", "ffn", "kernels", "numerics", "positional-encoding")),
     "architecture/weight-mapping.md",
-    *(f"development/{name}.md" for name in ("adding-models", "benchmarking", "configuration", "guide")),
-    *(f"development/{name}.md" for name in ("model-registry", "testing", "training", "tuning")),
+    *(f"development/{name}.md" for name in ("adding-models", "benchmarking", "configuration", "fine-tuning", "guide")),
+    *(f"development/{name}.md" for name in ("model-registry", "parallel", "testing", "training", "tuning")),
     *(f"models/{name}.md" for name in ("GPT", "MobileLLM", "Qwen1", "Qwen3", "template")),
 ]
 MODEL_PAGES = [page for page in PAGES if page.startswith("models/")]

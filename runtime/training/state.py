@@ -100,7 +100,7 @@ def save(
             if config.lora is not None:
                 save_adapter(whole, partial / ADAPTER)
             if config.lora is None or config.lora.merge:
-                save_checkpoint(whole, partial, config.checkpoint.dtype or model.config.dtype, merge=True)
+                save_checkpoint(whole, partial, config.checkpoint.dtype or model.config.dtype, True)
             if vocabulary is not None:
                 vocabulary.save(partial)
 

@@ -146,6 +146,10 @@ def test_an_adapter_of_peft_computes_and_learns_what_it_does_there(
         close(own[name], gradient, name)
 
     tritium.save_adapter(ours, tmp_path / "ours")
+    said, written = (json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("theirs", "ours"))
+    said |= {"target_modules": sorted(said["target_modules"])}
+    written |= {"target_modules": sorted(written["target_modules"]), "base_model_name_or_path": base(case).as_posix()}
+    assert {name: said[name] for name in written} == written
     before, after = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("theirs", "ours"))
     assert set(before) == set(after)
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
