@@ -82,7 +82,7 @@ def started(sizes: Mapping[str, int | None], device: str | None) -> Iterator[Mes
 
     met = dist.is_initialized()
     if not met:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=own if kind == "cuda" else None)
     yield Mesh(init_device_mesh(kind, shape, mesh_dim_names=AXES), own)
     if not met:  # and not where the block raised: the others may never come, and torchrun ends them with this process
         dist.destroy_process_group()
