@@ -12,6 +12,7 @@ twice what the PyTorch path is at bfloat16.
 import copy
 import functools
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class Subject:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
         self._known: dict[tuple[int, ...], list[Tensor]] = {}
 
-    def on(self, backend: str, dtype: torch.dtype | None = COMPUTE, keep: str | None = None, **modes: bool) -> Decoder:
+    def on(self, backend: str, dtype: torch.dtype | None = COMPUTE, keep: str | None = None, **modes: Any) -> Decoder:
         """The same parameters on a backend, as a model of its own."""
         shared = {id(parameter): parameter for parameter in self.model.parameters()}
         model = copy.deepcopy(self.model, shared)
@@ -125,7 +126,7 @@ def step(name: str, length: int) -> Case:
 
         return prepare
 
-    def through(backend: str, keep: str | None = None, **modes: bool) -> Prepare:
+    def through(backend: str, keep: str | None = None, **modes: Any) -> Prepare:
         def bind(of: Subject, tokens: Tensor) -> Callable[[], Tensor]:
             model = of.on(backend, keep=keep, **modes)
             return lambda: packed_loss(model, tokens)
@@ -136,9 +137,7 @@ def step(name: str, length: int) -> Case:
         def bind(of: Subject, tokens: Tensor) -> Callable[[], Tensor]:
             model, ids = of.twin(), tokens[None]
             if how == "liger":
-                from liger_kernel.transformers import _apply_liger_kernel_to_instance
-
-                _apply_liger_kernel_to_instance(model=model)
+                import_module("liger_kernel.transformers")._apply_liger_kernel_to_instance(model=model)
             forward = torch.compile(model) if how == "compiled" else model
 
             def loss() -> Tensor:

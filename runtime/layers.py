@@ -26,6 +26,7 @@ from .parallel.exchange import Exchange
 from .rope import RotaryEmbedding
 from .spec import ModelSpec
 
+Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]  # of a layer's forward, of its recomputation
 KEPT = ("nothing", "attention", "products")
 """What gradient checkpointing may keep of a layer besides its input."""
 
@@ -237,7 +238,7 @@ class TransformerBlock(Layer):
         self.post_norm = spec.residual == "post_norm"
         self.dropout = spec.dropout
         self.repeats = spec.layer_repeat
-        self.recomputing: Callable[[], tuple[AbstractContextManager[Any], ...]] | None = None
+        self.recomputing: Callable[[], Contexts] | None = None
         self.exchange: Exchange | None = None
         self.attention_norm = norm(spec.embedding_dim, spec.norm_eps)
         self.attention = MultiHeadAttention(
@@ -370,7 +371,7 @@ def _added(x: Tensor, linear: plan.Dense, layer: plan.Layer, kernels: KernelSet)
     return F.dropout(added, layer.dropout)
 
 
-def _keeping(what: str) -> Callable[[], tuple[AbstractContextManager[Any], ...]]:
+def _keeping(what: str) -> Callable[[], Contexts]:
     """What `checkpoint` is to keep of a layer besides its input: the results of the operations named."""
     if what == "nothing":
         return noop_context_fn

@@ -43,9 +43,9 @@ def backward(name: str, heads: int, kv_heads: int, head_dim: int, lengths: list[
         parts, group = [], heads // kv_heads
         for head in range(kv_heads):
             of, to = slice(head * group, (head + 1) * group), slice(head, head + 1)
-            d, *qkv = dout[:, of], q[:, of], k[:, to], v[:, to]
-            kept = attention_with_lse_reference(*qkv, starts, scale)
-            parts.append(attention_backward_reference(d, *qkv, *kept, starts, scale))
+            mine = (q[:, of], k[:, to], v[:, to])
+            kept = attention_with_lse_reference(*mine, starts, scale)
+            parts.append(attention_backward_reference(dout[:, of], *mine, *kept, starts, scale))
         return [torch.cat(gradients, 1) for gradients in zip(*parts, strict=True)]
 
     def across(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,7 +60,7 @@ def backward(name: str, heads: int, kv_heads: int, head_dim: int, lengths: list[
     if len(set(lengths)) == 1:  # they know no sequences of different lengths
         peers = {"cuDNN": fused("CUDNN_ATTENTION"), "FlashAttention-2 (SDPA)": fused("FLASH_ATTENTION")}
     if tokens <= 4096:
-        plain = differentiated(lambda *args: attention_reference(*args, scale), wanted=(0, 1, 2))
+        plain = differentiated(lambda q, k, v, starts: attention_reference(q, k, v, starts, scale), wanted=(0, 1, 2))
         peers["torch"] = plain
     queries, keys = tokens * heads * head_dim, tokens * kv_heads * head_dim
     return Case(
