@@ -135,6 +135,8 @@ def step(name: str, length: int) -> Case:
 
     def theirs(how: str) -> Prepare:
         def bind(of: Subject, tokens: Tensor) -> Callable[[], Tensor]:
+            if how == "compiled" and not tokens.is_cuda:
+                raise RuntimeError("compared on a GPU only")
             model, ids = of.twin(), tokens[None]
             if how == "liger":
                 import_module("liger_kernel.transformers")._apply_liger_kernel_to_instance(model=model)

@@ -162,7 +162,7 @@ def test_each_step_draws_its_own_number(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(Decoder, "kernels", dataclasses.replace(REFERENCE, sample=recorded))
     list(generate(model, [prompt(3), prompt(2, 1)], options))
-    expected = _uniforms(options, 2, DEVICE_)
+    expected = _uniforms(options, 2, model)
     assert expected is not None
     assert torch.equal(torch.stack(seen, 1), expected)
     assert expected.unique().numel() == 8
