@@ -102,9 +102,15 @@ def launch(folder: Path, name: str, jobs: list[dict[str, Any]], processes: int =
         port = free.getsockname()[1]
     how = ["--nproc-per-node", str(processes), "--master-addr", "127.0.0.1", "--master-port", str(port)]
     command = [sys.executable, "-m", "torch.distributed.run", *how, str(WORKER), str(folder / f"{name}.json")]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=WAIT, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            out, err = process.communicate(timeout=WAIT)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # and it ends those that it started
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def answers(folder: Path, name: str, rank: int) -> list[Any]:
