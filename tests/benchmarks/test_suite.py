@@ -153,6 +153,25 @@ def test_the_gate_of_models() -> None:
             assert case.check(off, args) is not None
 
 
+def test_the_gate_of_training() -> None:
+    """Every contender on this machine computes the same step; a loss, and gradients, a little off are seen."""
+    bench = Bench("training", torch.device("cpu"), smoke=True)
+    ((name, case),) = bench.cases.items()
+    found = bench.check(case)
+    assert found["status"] == "right"
+    assert set(found["absent"]) == {"transformers compiled", "liger"}, name
+    with torch.inference_mode():
+        args = case.make(suite_draw())
+        assert case.check is not None
+        for spoiled in ("nothing", "loss", "gradient"):
+            subject, loss = case.ours(*args)()
+            with torch.inference_mode(False), torch.no_grad():
+                if spoiled == "gradient":
+                    next(iter(subject.model.parameters())).grad.mul_(1.5)
+                loss = loss * 1.01 if spoiled == "loss" else loss
+                assert (case.check((subject, loss), args) is None) == (spoiled == "nothing"), spoiled
+
+
 def suite_draw() -> Any:
     from tritium.benchmarks.case import Draw
 
