@@ -52,7 +52,7 @@ MODELS = {  # family: (a size of it, how it is made small)
 TWO = ("data", "shard", "tensor")
 FOUR = {"data_tensor": {"data": 2, "tensor": 2}, "shard_tensor": {"shard": 2, "tensor": 2}, "data_shard": {"shard": 2}}
 STEPS, SAVED = 5, 3
-WAIT = 180  # seconds for what takes a few
+WAIT = 600  # seconds for what takes a few on a machine that does nothing else
 
 
 def small_spec(family: str) -> ModelSpec:
