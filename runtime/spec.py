@@ -121,7 +121,7 @@ class ModelSpec:
                 value = RopeScaling.parse(dict(value), f"{where}: {name}")
             elif get_origin(kind) is tuple and isinstance(layers, int):
                 value = tuple(value) if isinstance(value, list | tuple) else (value,) * layers
-            checked[name] = _checked(value, kind, f"{where}: {name}")
+            checked[name] = checked_value(value, kind, f"{where}: {name}")
         try:
             return cls(**checked)
         except TritiumError as error:
@@ -148,7 +148,7 @@ _FIELDS: dict[str, Any] = dict(get_type_hints(ModelSpec))
 assert list(_FIELDS) == [field.name for field in dataclasses.fields(ModelSpec)]
 
 
-def _checked(value: Any, kind: Any, where: str) -> Any:
+def checked_value(value: Any, kind: Any, where: str) -> Any:
     """`value` if it is of type `kind`, with an int widened where a float is asked for."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Literal:
@@ -158,9 +158,9 @@ def _checked(value: Any, kind: Any, where: str) -> Any:
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise TritiumError(f"{where}: must be a list with one entry a layer, got {value!r}")
-        return tuple(_checked(entry, arguments[0], f"{where}[{index}]") for index, entry in enumerate(value))
+        return tuple(checked_value(entry, arguments[0], f"{where}[{index}]") for index, entry in enumerate(value))
     if origin in (Union, types.UnionType):
-        return None if value is None else _checked(value, arguments[0], where)
+        return None if value is None else checked_value(value, arguments[0], where)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):

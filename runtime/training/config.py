@@ -16,7 +16,7 @@ from ..errors import TritiumError, nearest
 from ..files import read_yaml
 from ..lora import ALL_LINEAR, LoRA
 from ..registry import MODELS
-from ..spec import _checked as checked
+from ..spec import checked_value
 
 LARGEST_SEED = 2**63 - 1
 
@@ -386,7 +386,7 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise TritiumError(f"{where}: must hold keys and values, got {value!r}")
         return dict(value)
-    return checked(value, kind, where)
+    return checked_value(value, kind, where)
 
 
 def _has_form(value: Any, kind: Any) -> bool:
