@@ -5,8 +5,9 @@ contenders train the same parameters with one optimizer (at a rate of 0, so that
 `transformers` and Liger are views of ours, and their gradients are views of our gradients. Only rows that a checkpoint
 holds in another order (q and k of MobileLLM) are copies. `transformers` computes in autocast, as one trains with it.
 
-Right is a step whose loss, and whose gradients by their root mean square, are no further from those in float32 than
-twice what the PyTorch path is at bfloat16.
+Right is a step whose gradients, by their root mean square, are no further from those in float32 than twice what the
+PyTorch path is at bfloat16, and its loss no further than twice what that path's losses of single tokens are: a mean of
+few may be right by luck, and would then allow nothing.
 """
 
 import copy
@@ -56,7 +57,7 @@ class Subject:
 
         family = get_family(self.model.config.family)
         values = config_from_spec(family, self.model.config)
-        config = AutoConfig.for_model(values.pop("model_type"), **values, pad_token_id=0)
+        config = AutoConfig.for_model(values.pop("model_type"), **values, pad_token_id=None)  # a pad has no gradient
         with torch.device(self.model.device):
             twin = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         parameters = dict(self.model.named_parameters())
@@ -80,15 +81,21 @@ class Subject:
         return value.detach()
 
     def differences(self, tokens: Tensor, got: Sequence[Tensor] | None = None) -> tuple[float, float]:
-        """From float32's, of loss and (clipped) gradients: those given, or the PyTorch path's in bfloat16."""
+        """From float32's, of loss and (clipped) gradients: those given, or the PyTorch path's in bfloat16.
+
+        The latter's loss is judged token by token, by their root mean square.
+        """
         key = tuple(tokens.tolist())
         if key not in self._known:
             self._known = {key: self.observed(lambda: packed_loss(self.on("torch", None), tokens))}
         exact = self._known[key]
         found = got or self.observed(lambda: packed_loss(self.on("torch"), tokens))
-        squares = [sum((a - b).double().square().sum().item() for a, b in zip(*pair, strict=True)) for pair in
-                   ((found[:1], exact[:1]), (found[1:], exact[1:]))]  # fmt: skip
-        return squares[0] ** 0.5, squares[1] ** 0.5
+        gradients = sum((a - b).double().square().sum().item() for a, b in zip(found[1:], exact[1:], strict=True))
+        if got:
+            return abs(got[0].item() - exact[0].item()), gradients**0.5
+        with torch.no_grad():
+            losses = [token_losses(self.on("torch", dtype), tokens) for dtype in (None, COMPUTE)]
+        return (losses[0] - losses[1]).square().mean().sqrt().item(), gradients**0.5
 
     def observed(self, loss: Callable[[], Tensor]) -> list[Tensor]:
         value = self.step(loss)
@@ -99,6 +106,12 @@ def packed_loss(model: Decoder, tokens: Tensor) -> Tensor:
     """The loss of one sequence: each token's label is the one behind it."""
     batch = Batch.fresh([tokens.shape[0] - 1], tokens.device)
     return model.loss(tokens[:-1], tokens[1:], batch)
+
+
+def token_losses(model: Decoder, tokens: Tensor) -> Tensor:
+    """[T - 1] float32, by whole logits."""
+    logits = model(tokens[None, :-1]).logits[0]
+    return nn.functional.cross_entropy(logits.float(), tokens[1:], reduction="none")
 
 
 @functools.lru_cache(maxsize=1)
