@@ -12,7 +12,7 @@ from tritium.runtime.operations import Operations
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kernels", "runtime", "models", "benchmarks", "tests", "tritium")
-SUPPORT = ("__init__.py", "launch.py")  # not operations: what launchers stand on
+SUPPORT = ("__init__.py", "launch.py", "overlap.py")  # not operations: what launchers stand on
 COMPOSED = ("linear_cross_entropy.py",)  # of others' kernels: it has no kernel or table of its own
 LAUNCHERS = {  # of a file that is not named like its own
     "sampling.py": {"sample"},
