@@ -27,6 +27,7 @@ a logit and pass.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -288,11 +289,51 @@ def _take_kernel(
     tl.store(tokens_ptr + row, tl.where(best >> 31 == (1 << WIDTH) - 1, -1, token))
 
 
-def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform: Tensor | None) -> Tensor:
+class Scratch(NamedTuple):
+    """What sampling works in: see `sample_scratch`."""
+
+    work: Tensor  # [R, slots]; `work[:, 0]` is where a row's largest packed key goes
+    parts: Tensor
+
+
+def sample_scratch(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Scratch:
+    """Room for `sample` of logits such as these [R, V], their values aside, with these options; `work` is zeroed."""
+    rows, vocabulary = logits.shape
+    config = tuning.config("sampling", logits.device, rows=rows, itemsize=logits.itemsize)
+    bits, width = config["BITS"], 8 * logits.itemsize
+    cuts = _cuts(vocabulary, temperature, top_k, top_p)
+    # A slot for each pass: where it stands, the masses and the numbers of its digit. Slot 0 begins with the likeliest.
+    digits, levels = 1 << bits, triton.cdiv(width, bits)
+    slots = (3 * digits if cuts else 1) * (1 + (levels - 1) * len(cuts))
+    work = torch.zeros(rows, slots, dtype=torch.int64, device=logits.device)
+    shape = (rows, triton.cdiv(vocabulary, config["CHUNK"]), digits) if cuts else (1,)
+    return Scratch(work, torch.empty(shape, dtype=torch.int64, device=logits.device))
+
+
+def _cuts(vocabulary: int, temperature: float, top_k: int, top_p: float) -> list[str]:
+    """Which cuts are made, in order; greedy has none."""
+    if temperature == 0 or top_k == 1:
+        return []
+    return ["top_k"] * (0 < top_k < vocabulary) + ["top_p"] * (top_p < 1) + ["u"]
+
+
+def sample(
+    logits: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    uniform: Tensor | None,
+    *,
+    out: Tensor | None = None,
+    scratch: Scratch | None = None,
+    begun: bool = False,
+) -> Tensor:
     """The kernel: logits [R, V] -> token ids [R], -1 for a row that holds a NaN. float32, bfloat16 or float16.
 
-    `uniform` [R] is float32, may be a view, and may be None only when `temperature` is 0. Raises RuntimeError where no
-    kernel can run, TypeError and ValueError for what does not fit.
+    `uniform` [R] is float32, may be a view, and may be None only when `temperature` is 0. With `out` [R] and `scratch`
+    nothing is allocated; the scratch is zeroed here, but where `begun` says that whoever made the logits has zeroed it
+    and put each row's largest packed key into its first column. Raises RuntimeError where no kernel can run, TypeError
+    and ValueError for what does not fit.
     """
     require(logits, uniform)
     if logits.ndim != 2 or not 0 < logits.shape[1] < 2**31:
@@ -306,7 +347,11 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform
         raise ValueError(f"top_k must be 0 or more and top_p above 0 and at most 1, got {top_k} and {top_p}")
     if uniform is not None and (uniform.shape != (rows,) or uniform.dtype != torch.float32):
         raise ValueError(f"uniform must be [{rows}] torch.float32, got {list(uniform.shape)} {uniform.dtype}")
-    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    if begun and scratch is None:
+        raise ValueError("what was begun is in the scratch: give it")
+    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device) if out is None else out
+    if tokens.shape != (rows,) or tokens.dtype != torch.int64:
+        raise ValueError(f"out must be [{rows}] torch.int64, got {list(tokens.shape)} {tokens.dtype}")
     if not rows:
         return tokens
     if logits.stride(1) != 1:
@@ -314,18 +359,19 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform
     config = dict(tuning.config("sampling", logits.device, rows=rows, itemsize=logits.itemsize))
     bits, width = config.pop("BITS"), 8 * logits.itemsize
     config["WIDTH"] = width
-    chunks, digits, levels = triton.cdiv(vocabulary, config["CHUNK"]), 1 << bits, triton.cdiv(width, bits)
-    greedy = uniform is None or temperature == 0 or top_k == 1
-    cuts = [] if greedy else ["top_k"] * (0 < top_k < vocabulary) + ["top_p"] * (top_p < 1) + ["u"]
-    # A slot for each pass: where it stands, the masses and the numbers of its digit. Slot 0 begins with the likeliest.
-    slot_size = 3 * digits if cuts else 1
-    work = torch.zeros(rows, slot_size * (1 + (levels - 1) * len(cuts)), dtype=torch.int64, device=logits.device)
-    parts = torch.empty((rows, chunks, digits) if cuts else (1,), dtype=torch.int64, device=logits.device)
+    chunks, levels = triton.cdiv(vocabulary, config["CHUNK"]), triton.cdiv(width, bits)
+    cuts = _cuts(vocabulary, temperature, top_k, top_p)
+    if scratch is None:
+        scratch = sample_scratch(logits, temperature, top_k, top_p)
+    elif not begun:
+        scratch.work.zero_()
+    work, parts = scratch
     # In powers of two. Finite and not zero: 0 * inf, no difference or an endless one, would be a NaN.
     scale = min(max(math.log2(math.e) / max(temperature, 1e-300), 2.0**-126), 2.0**127)
     unit = 2.0 ** (62 - vocabulary.bit_length())
     strides = logits.stride(0), work.stride(0)
-    launch(_best_kernel, (rows * chunks,), logits, work, vocabulary, *strides, **config)
+    if not begun:
+        launch(_best_kernel, (rows * chunks,), logits, work, vocabulary, *strides, **config)
 
     def add_up(slot: int, source: int, ended: int, level: int, **constants: str | bool) -> None:
         launch(
@@ -375,7 +421,7 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform
         slot,
         scale,
         unit,
-        GREEDY=greedy,
+        GREEDY=not cuts,
         BITS=bits,
         BLOCK_CHUNKS=triton.next_power_of_2(chunks),
         **config,

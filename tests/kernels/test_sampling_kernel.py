@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from tritium.kernels import sampling
-from tritium.kernels.sampling import sample, sample_reference
+from tritium.kernels.sampling import sample, sample_reference, sample_scratch
 
 from ..rule import DEVICE, DTYPES, draw, needs_gpu, same_bits
 
@@ -355,3 +355,26 @@ def test_registered(temperature: float, small: dict[str, int]) -> None:
     torch.library.opcheck(torch.ops.tritium.sample, args)
     compiled = torch.compile(lambda *inputs: torch.ops.tritium.sample(*inputs), fullgraph=True, backend="aot_eager")
     assert same_bits(compiled(*args), sample(*args))
+
+
+@pytest.mark.parametrize("how", [(0.0, 0, 1.0), (0.8, 5, 0.9)], ids=str)
+@pytest.mark.usefixtures("poisoned")
+def test_what_was_begun_goes_on_in_the_scratch(how: tuple[float, int, float]) -> None:
+    """The same tokens as without, at the first and at the second use; with the largest keys put there by the caller."""
+    uniform = torch.tensor([0.2, 0.9], device=DEVICE)
+    scratch, out = None, torch.empty(2, dtype=torch.int64, device=DEVICE)
+    for seed in (1, 2):
+        logits = draw(2, 300, dtype=torch.bfloat16, seed=seed, scale=3.0)
+        expected = sample(logits, *how, uniform)
+        scratch = scratch or sample_scratch(logits, *how)
+        assert sample(logits, *how, uniform, out=out, scratch=scratch) is out
+        assert torch.equal(out, expected)
+        best = scratch.work[:, 0].clone()
+        assert torch.equal(0x7FFFFFFF - (best & 0x7FFFFFFF), logits.float().argmax(-1))
+        scratch.work.zero_()
+        scratch.work[:, 0] = best
+        assert torch.equal(sample(logits, *how, uniform, scratch=scratch, begun=True), expected)
+    with pytest.raises(ValueError, match="give it"):
+        sample(logits, *how, uniform, begun=True)
+    with pytest.raises(ValueError, match=r"out must be \[2\] torch.int64"):
+        sample(logits, *how, uniform, out=out[:1])
