@@ -24,6 +24,13 @@ class Dense:
 
 
 @dataclass(frozen=True, slots=True)
+class QuantisedDense(Dense):
+    """A weight of 8 or 4 bits: `weight` has its values, as kernels/quantised_linear.py stores them."""
+
+    scale: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class LowRank(Dense):
     """A weight with an adapter beside it: y = x W^T + bias + (dropout(x) A^T) B^T, from equation 3 of Hu et al. 2021
     (arXiv:2106.09685). The adapter's scale is in A.
