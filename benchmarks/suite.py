@@ -24,7 +24,7 @@ from .worker import WHOLE, find, spent
 
 KERNELS = (
     "attention", "decode_attention", "linear", "grouped_linear", "rms_norm", "qk_norm_rope", "swiglu", "sampling",
-    "routing", "combine", "layer_norm", "cross_entropy", "linear_cross_entropy", "advance",
+    "quantised_linear", "routing", "combine", "layer_norm", "cross_entropy", "linear_cross_entropy", "advance",
     "attention_backward", "qk_norm_rope_backward", "grouped_linear_backward", "routing_backward",
 )  # fmt: skip
 OPERATIONS = (*KERNELS, *WHOLE)

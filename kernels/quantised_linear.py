@@ -136,17 +136,18 @@ def _quantised_linear_kernel(
     dtype = x_ptr.dtype.element_ty
     x_pointers = x_ptr + (o_m.to(tl.int64) * stride_x)[:, None] + o_k[None, :]
     pointers = values_ptr + (o_n.to(tl.int64) * stride_values)[:, None] + o_k[None, :]
-    scale_pointers = scale_ptr + o_n.to(tl.int64) * (stride_values // 32 if BITS == 4 else 1)
+    scale_pointers = scale_ptr + o_n.to(tl.int64) * (tl.cdiv(K, BLOCK_K) if BITS == 4 else 1)
 
     acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-    for k in range(0, K, BLOCK_K):
+    for step in range(0, tl.cdiv(K, BLOCK_K)):
+        k = step * BLOCK_K
         x_tile = tl.trans(_tile(x_pointers, 0, k, m_m, o_k, K, EVEN_K, False))
         if BITS == 8:
             tile = _tile(pointers, 0, k, m_n, o_k, K, EVEN_K, False)
             acc = _add_product(acc, tile.to(dtype), x_tile)
         else:
-            tile = tl.load(pointers + k // 2, mask=m_n[:, None], other=0)
-            scale = tl.load(scale_pointers + k // BLOCK_K, mask=m_n, other=0.0).to(tl.float32)
+            tile = tl.load(pointers + step * WIDTH, mask=m_n[:, None], other=0)
+            scale = tl.load(scale_pointers + step, mask=m_n, other=0.0).to(tl.float32)
             x_high = tl.trans(_tile(x_pointers + WIDTH, 0, k, m_m, o_k, K - WIDTH, EVEN_K, False))
             part = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
             part = _add_product(part, ((tile & 15).to(tl.int8) - 8).to(dtype), x_tile)
