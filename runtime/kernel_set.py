@@ -17,12 +17,13 @@ from ..kernels.decode_attention import dense_decode_attention_reference
 from ..kernels.layer_norm import layer_norm_reference
 from ..kernels.linear import linear_reference, linear_residual_reference
 from ..kernels.qk_norm_rope import cache_write_reference, qk_norm_rope_reference
+from ..kernels.quantised_linear import quantised_linear_reference
 from ..kernels.rms_norm import rms_norm_reference, wide_dtype
 from ..kernels.sampling import sample_reference
 from ..kernels.swiglu import swiglu_reference
 from .batch import Batch
 from .operations import DEFINITIONS, Operations
-from .plan import Attention, Dense, Experts, LowRank, Mlp, Norm
+from .plan import Attention, Dense, Experts, LowRank, Mlp, Norm, QuantisedDense
 from .sdpa import sdpa_attention, sdpa_paged_attention
 
 
@@ -76,6 +77,8 @@ def adapted(
 
 
 def _project(x: Tensor, linear: Dense) -> Tensor:
+    if isinstance(linear, QuantisedDense):
+        return quantised_linear_reference(x, linear.weight, linear.scale, linear.bias)
     y = linear_reference(x, linear.weight, linear.bias)
     return adapted(y, x, linear, linear_reference, linear_residual_reference)
 
@@ -129,6 +132,8 @@ def _attention(q: Tensor, k: Tensor | None, v: Tensor | None, attention: Attenti
 
 def _linear_residual(x: Tensor, linear: Dense, stream: Tensor) -> Tensor:
     """[T, K] and the stream [T, E] -> the stream with the projection added."""
+    if isinstance(linear, QuantisedDense):
+        return stream + _project(x, linear)
     stream = linear_residual_reference(x, linear.weight, linear.bias, stream)
     return adapted(stream, x, linear, linear_reference, linear_residual_reference)
 
@@ -167,12 +172,15 @@ def _norm_experts(x: Tensor, norm: Norm | None, experts: Experts, residual: Tens
 def _norm_head(x: Tensor, norm: Norm | None, head: Dense) -> tuple[Tensor, Tensor]:
     """[T, E] -> (normalised [T, E], logits [T, V])."""
     _, hidden = normalise(x, norm)
-    return hidden, linear_reference(hidden, head.weight, head.bias)
+    return hidden, _project(hidden, head)
 
 
 def head_loss(operations: Operations, hidden: Tensor, head: Dense, labels: Tensor, loss: Loss) -> Tensor:
     """The loss of the head's projection of normalised x [T, E] against labels [T]: a scalar."""
     options = (IGNORE_INDEX, loss.label_smoothing, loss.z_loss, loss.reduction)
+    if isinstance(head, QuantisedDense):
+        logits = operations.quantised_linear(hidden, head.weight, head.scale, head.bias)
+        return operations.cross_entropy(logits, labels, *options)
     return operations.linear_cross_entropy(hidden, head.weight, labels, *options)
 
 

@@ -22,6 +22,7 @@ from ..kernels import layer_norm as _layer_norm
 from ..kernels import linear as _linear
 from ..kernels import linear_cross_entropy as _loss
 from ..kernels import qk_norm_rope as _rope
+from ..kernels import quantised_linear as _quantised
 from ..kernels import rms_norm as _rms_norm
 from ..kernels import routing as _routing
 from ..kernels import sampling as _sampling
@@ -37,6 +38,7 @@ class Operations:
     linear: Callable[..., Tensor]
     linear_residual: Callable[..., Tensor]
     linear_swiglu: Callable[..., Tensor]
+    quantised_linear: Callable[..., Tensor]
     swiglu: Callable[..., Tensor]
     qk_norm_rope: Callable[..., tuple[Tensor, Tensor, Tensor]]
     qk_norm_rope_cache: Callable[..., Tensor]
@@ -59,6 +61,7 @@ DEFINITIONS = Operations(
     linear=_linear.linear_reference,
     linear_residual=_linear.linear_residual_reference,
     linear_swiglu=_linear.linear_swiglu_reference,
+    quantised_linear=_quantised.quantised_linear_reference,
     swiglu=_swiglu.swiglu_reference,
     qk_norm_rope=_rope.qk_norm_rope_at_reference,
     qk_norm_rope_cache=_rope.qk_norm_rope_cache_reference,
@@ -81,6 +84,7 @@ KERNELS = Operations(
     linear=_linear.linear,
     linear_residual=_linear.linear_residual,
     linear_swiglu=_linear.linear_swiglu,
+    quantised_linear=_quantised.quantised_linear,
     swiglu=_swiglu.swiglu,
     qk_norm_rope=_rope.qk_norm_rope,
     qk_norm_rope_cache=_rope.qk_norm_rope_cache,

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..kernels.linear import linear_reference, linear_residual_reference
 from .batch import Batch
 from .kernel_set import PLAIN_ACTIVATIONS, KernelSet, Loss, adapted, head_loss, mixture
-from .plan import Attention, Dense, Experts, LowRank, Mlp, Norm
+from .plan import Attention, Dense, Experts, LowRank, Mlp, Norm, QuantisedDense
 
 if TYPE_CHECKING:
     from .operations import Operations
@@ -49,6 +49,8 @@ def compose(name: str, operations: "Operations", modes: Modes) -> KernelSet:
         return (y if norm.replaces_stream else x), y
 
     def project(x: Tensor, linear: Dense) -> Tensor:
+        if isinstance(linear, QuantisedDense):
+            return operations.quantised_linear(x, linear.weight, linear.scale, linear.bias)
         return adapted(product(x, linear.weight, linear.bias), x, linear, product, product_onto)
 
     def norm_linear(x: Tensor, norm: Norm | None, linear: Dense) -> tuple[Tensor, Tensor]:
@@ -92,11 +94,13 @@ def compose(name: str, operations: "Operations", modes: Modes) -> KernelSet:
         return out.flatten(1)
 
     def linear_residual(x: Tensor, linear: Dense, stream: Tensor) -> Tensor:
+        if isinstance(linear, QuantisedDense):
+            return stream + project(x, linear)
         return adapted(product_onto(x, linear.weight, linear.bias, stream), x, linear, product, product_onto)
 
     def norm_gate_up_act(x: Tensor, norm: Norm | None, mlp: Mlp) -> tuple[Tensor, Tensor]:
         stream, y = normalise(x, norm)
-        if mlp.kind == "gated" and own_linear and not isinstance(mlp.up, LowRank):
+        if mlp.kind == "gated" and own_linear and not isinstance(mlp.up, LowRank | QuantisedDense):
             return stream, operations.linear_swiglu(y, mlp.up.weight, mlp.up.bias)
         hidden = project(y, mlp.up)
         if mlp.kind == "gated":
