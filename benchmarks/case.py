@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from tritium.runtime.accuracy import broken, errors, widened
 
+from .machine import Step
+
 Call = Callable[[], Any]
 Prepare = Callable[..., Call]
 
@@ -74,6 +76,8 @@ class Case:
     tokens: int = 0  # of one unit, where a rate of them means something
     memory: bool = False  # what a call of each contender allocates at most is measured, too
     host: bool = False  # the call waits for the device: it is timed by the host's clock and never captured
+    obstacle: Callable[[torch.device], str | None] | None = None  # why it cannot be tried on a device, as for memory
+    step: Step | None = None  # a decode step's work: its floor is given in parts, launches among them
 
     @property
     def moved(self) -> int:

@@ -129,9 +129,11 @@ def ceilings(device: torch.device, smoke: bool = False) -> dict[str, float]:
 
     The best median of a few ways to do each, on random data.
     """
-    small = device.type != "cuda"
-    elements, side = (2**18, 128) if small else (2**30, 8192)
-    dtype = torch.float32 if small else torch.bfloat16
+    on_cpu = device.type != "cuda"
+    elements, side = (2**26, 1024) if on_cpu else (2**30, 8192)
+    if smoke:
+        elements, side = 2**18, 128
+    dtype = torch.float32 if on_cpu else torch.bfloat16
     watch = Stopwatch(device, 0.0 if smoke else 0.2, smoke)
 
     def best(work: int, *calls: Call) -> float:
@@ -139,7 +141,7 @@ def ceilings(device: torch.device, smoke: bool = False) -> dict[str, float]:
         return work / min(entry["p50"] for entry in timed.values())
 
     def streamed() -> dict[str, float]:
-        x = torch.randn(elements, device=device)  # 4 GiB
+        x = torch.randn(elements, device=device)  # 4 GiB, 256 MiB on a CPU
         y = torch.empty_like(x)
         reads = (x.sum, x.amax, lambda: x.view(2048, -1).sum(1))
         copies = (lambda: y.copy_(x), lambda: torch.neg(x, out=y))

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from tritium.runtime.errors import TritiumError
 from tritium.runtime.files import read_json
 
 from .harness import table
+from .machine import PARTS
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BAD = ("wrong", "failed", "timed out")
@@ -50,7 +51,7 @@ class Record:
 
     def put(self, key: str, row: Mapping[str, Any]) -> None:
         """Adds a row and saves. A figure, even of older code, gives way to a new one or to a defect, not to a check."""
-        if row["status"] == "right" and self.rows.get(key, {}).get("status") == "measured":
+        if row["status"] in ("right", "skipped") and self.rows.get(key, {}).get("status") == "measured":
             return
         origin = {"commit": self.values["environment"].get("commit"), "fingerprint": self.fingerprint}
         self.rows[key] = {**row, **origin, "date": self.values["environment"].get("date")}
@@ -61,13 +62,18 @@ class Record:
         self.save()
 
     def save(self) -> None:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            beside = self.path.with_name(self.path.name + ".part")
-            beside.write_text(json.dumps(self.values, indent=1) + "\n", encoding="utf-8")
-            os.replace(beside, self.path)  # whole or not at all
-        except OSError as error:
-            raise TritiumError(f"{self.path}: cannot be written ({error.strerror}); name a file by --json") from None
+        save(self.path, self.values)
+
+
+def save(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes a results file, whole or not at all. Raises TritiumError where that cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(path.name + ".part")
+        beside.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        os.replace(beside, path)
+    except OSError as error:
+        raise TritiumError(f"{path}: cannot be written ({error.strerror}); name a file by --json") from None
 
 
 def order(keys: Iterable[str], prior: Mapping[str, Any]) -> list[str]:
@@ -81,6 +87,32 @@ def rate(row: Mapping[str, Any]) -> str:
     if row["ceiling"] == "matmul":
         return f"{row['achieved_per_second'] / 1e12:.1f} TFLOP/s"
     return f"{row['achieved_per_second'] / 1e9:.1f} GB/s"
+
+
+def ceilings(limits: Mapping[str, float]) -> str:
+    """What was measured of the machine, in a line."""
+    costs = {name: limits[f"{name}_seconds"] for name in ("launch", "barrier") if f"{name}_seconds" in limits}
+    return (
+        f"ceilings: read {limits['read_bytes_per_second'] / 1e9:.0f} GB/s, copy "
+        f"{limits['copy_bytes_per_second'] / 1e9:.0f} GB/s, "
+        f"matmul {limits['matmul_flop_per_second'] / 1e12:.2f} TFLOP/s"
+        + "".join(f", {name} {seconds * 1e6:.2f} us" for name, seconds in costs.items())
+    )
+
+
+def gaps(head: Sequence[str], rows: Sequence[tuple[Sequence[str], float, Mapping[str, Any]]]) -> str:
+    """Decode steps beside their floors: (what stands in the columns of `head`, microseconds, Gap.as_dict()) each.
+
+    Parts that are nothing in every row are left out.
+    """
+    shown = [part for part in PARTS if any(gap["parts_us"][part] >= 0.05 for _, _, gap in rows)]
+    lines = [(*head, "us", "floor", "share", *shown, "unexplained", "largest")]
+    for labels, taken, gap in rows:
+        numbers = [gap["parts_us"][part] for part in shown] + [gap["unexplained_us"]]
+        figures = (f"{number:.1f}" for number in (taken, gap["floor_us"]))
+        parts = (f"{number:.1f}" for number in numbers)
+        lines.append((*labels, *figures, f"{gap['share_of_floor']:.0%}", *parts, gap["largest"]))
+    return table(lines)
 
 
 def summary(record: Mapping[str, Any]) -> str:
@@ -106,6 +138,9 @@ def summary(record: Mapping[str, Any]) -> str:
             lines.append((case, timing, rate(row), share, best or "-", ratios.get(best, "-"), others or "-"))
         if len(lines) > 1:
             parts.append(table(lines))
+    steps = [((key.partition(": ")[2],), row["times"]["tritium"]["p50"], row["gap"]) for key, row in rows.items()
+             if row["status"] == "measured" and "gap" in row]  # fmt: skip
+    parts += [gaps(("steps, and what the floor of each is made of",), steps)] if steps else []
     unmeasured = [f"{key}: {row['status']}, {row.get('reason', 'not timed yet')}" for key, row in rows.items()
                   if row["status"] != "measured"]  # fmt: skip
     now = record["environment"].get("fingerprint")
@@ -118,11 +153,7 @@ def summary(record: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     limits = record.get("ceilings")
     if limits:
-        parts.append(
-            f"ceilings: read {limits['read_bytes_per_second'] / 1e9:.0f} GB/s, copy "
-            f"{limits['copy_bytes_per_second'] / 1e9:.0f} GB/s, "
-            f"matmul {limits['matmul_flop_per_second'] / 1e12:.2f} TFLOP/s"
-        )
+        parts.append(ceilings(limits))
     if tests := record.get("tests"):
         parts.append(f"tests on this device: {tests['summary']}")
     if where.get("smoke"):

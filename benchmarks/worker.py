@@ -19,10 +19,12 @@ from typing import Any
 import torch
 
 from .case import OURS, Call, Case, Draw, far, wrong
-from .measure import Stopwatch, ceilings, floor, input_sets
+from .launches import limits
+from .machine import Gap, floor_parts
+from .measure import Stopwatch, floor, input_sets
 from .shapes import ITEM
 
-WHOLE = ("experts", "models", "training")
+WHOLE = ("models", "experts", "training")
 """Benchmarks of more than one kernel: files beside this one."""
 
 BROKEN = ("CUDA error", "HIP error", "illegal memory", "device-side assert", "unspecified launch failure")
@@ -63,7 +65,7 @@ class Bench:
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         if request["do"] == "ceilings":
-            return ceilings(self.device, self.smoke)
+            return limits(self.device, self.smoke)
         case = self.cases[request["case"]]
         try:
             with torch.inference_mode():
@@ -80,6 +82,8 @@ class Bench:
 
     def check(self, case: Case) -> dict[str, Any]:
         """Ours against the definition on fresh inputs; then which peers are there and compute the same."""
+        if case.obstacle is not None and (reason := case.obstacle(self.device)) is not None:
+            return {"status": "skipped", "reason": reason}
         seed = secrets.randbits(31)
         if reason := wrong(case, case.ours, self.device, seed):
             return {"status": "wrong", "reason": reason, "seed": seed}
@@ -96,7 +100,7 @@ class Bench:
                     break
         return {"status": "right", "seed": seed, "absent": absent}
 
-    def time(self, case: Case, limits: Mapping[str, float], absent: Mapping[str, str]) -> dict[str, Any]:
+    def time(self, case: Case, ceilings: Mapping[str, float], absent: Mapping[str, str]) -> dict[str, Any]:
         """All contenders of a case that is right, in turn."""
         factor = 2 if self.device.type == "cpu" else 1  # float32 elements where floors count bfloat16's
         assert ITEM == 2
@@ -106,11 +110,15 @@ class Bench:
         contenders: dict[str, list[Call]] = {OURS: [case.ours(*args) for args in inputs]}
         for name, peer in (case.peers | case.variants).items():
             if name not in absent:
-                contenders[name] = [peer(*args) for args in inputs]
+                try:
+                    contenders[name] = [peer(*args) for args in inputs]
+                except Exception as error:  # beside the others there may be no memory for it
+                    absent = {**absent, name: one_line(error)}
         timed = self.watch.series(contenders, small=sets > 1, host=case.host)
         peaks = self._peaks(contenders) if case.memory and self.device.type == "cuda" else {}
         seconds = {name: entry["p50"] / case.units for name, entry in timed.items()}
-        bound, ceiling = floor(reads, writes, case.flop, limits)
+        bound, ceiling = floor(reads, writes, case.flop, ceilings)
+        gap = Gap(seconds[OURS], floor_parts(case.step.scaled(factor), ceilings)) if case.step else None
         work = case.flop if ceiling == "matmul" else reads + writes
         best = min((name for name in seconds if name in case.peers), key=seconds.__getitem__, default=None)
         return {
@@ -126,6 +134,7 @@ class Bench:
             "share_of_ceiling": bound / seconds[OURS],
             "best_peer": best,
             "ratios": {name: value / seconds[OURS] for name, value in seconds.items() if name != OURS},
+            **({"gap": gap.as_dict()} if gap else {}),
             **({"peak_bytes": peaks} if peaks else {}),
             **({"tokens_per_second": case.tokens / seconds[OURS]} if case.tokens else {}),
         }

@@ -65,6 +65,35 @@ def test_an_old_figure_stays_until_there_is_a_new_one(tmp_path: Path) -> None:
     assert "older code" not in record.summary(rows.values)
 
 
+def test_steps_are_shown_with_the_parts_of_their_floors() -> None:
+    """Parts that are nothing are left out; what is left of the time has a name, too."""
+    parts = {"weights": 12.0, "cache": 0.5, "logits": 0.01, "products": 0.0, "launches": 3.0, "barriers": 0.0}
+    gap = {
+        "parts_us": parts, "floor_us": 15.51, "reading_us": 12.51, "unexplained_us": 4.49, "share_of_floor": 0.7755,
+        "largest": "weights",
+    }  # fmt: skip
+    found = {"environment": WHERE, "rows": {"models: one": {**ROW, "gap": gap}, "swiglu: one": ROW}}
+    found["ceilings"] = {
+        "read_bytes_per_second": 4e12, "copy_bytes_per_second": 3e12, "matmul_flop_per_second": 8e14,
+        "launch_seconds": 1.5e-6,
+    }  # fmt: skip
+    lines = record.summary(found).splitlines()
+    at = next(index for index, line in enumerate(lines) if "unexplained" in line)
+    assert lines[at].split()[-8:] == ["us", "floor", "share", "weights", "cache", "launches", "unexplained", "largest"]
+    assert lines[at + 1].split() == ["one", "20.0", "15.5", "78%", "12.0", "0.5", "3.0", "4.5", "weights"]
+    assert lines[at + 2] == ""  # rows without a gap are not there
+    assert "ceilings: read 4000 GB/s, copy 3000 GB/s, matmul 800.00 TFLOP/s, launch 1.50 us" in lines
+
+
+def test_what_is_skipped_keeps_its_figure(tmp_path: Path) -> None:
+    rows = record.Record(tmp_path / "a.json", WHERE, "new")
+    rows.put("models: one", {"status": "skipped", "reason": "needs 90 GiB"})
+    assert "models: one: skipped, needs 90 GiB" in record.summary(rows.values)
+    rows.put("models: one", ROW)
+    rows.put("models: one", {"status": "skipped", "reason": "needs 90 GiB"})
+    assert rows.rows["models: one"]["status"] == "measured"
+
+
 def test_file_names() -> None:
     assert record.file_of("NVIDIA H200").name == "nvidia-h200.json"
     assert record.read(Path("nowhere.json")) == {"rows": {}}
