@@ -7,13 +7,16 @@ plot beside it. What a run did not reach, the next one takes up.
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from tritium.runtime.errors import Parser, TritiumError, nearest
 from tritium.runtime.files import read_json
 from tritium.runtime.loading import pick_device
 
-from . import decode, record, suite
+from . import decode, loading, record, suite
+
+ALONE = {"decode": decode, "loading": loading}  # what runs on a CPU, too, and writes a file of its own
 
 NEEDS = (
     "the benchmarks need a GPU, and torch sees none; `decode --device cpu` measures the decode step of the PyTorch "
@@ -25,11 +28,11 @@ def main() -> int:
     parser = Parser(
         prog="python -m tritium.benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    choices = (*suite.OPERATIONS, "decode", "show")
+    choices = (*suite.OPERATIONS, *ALONE, "show")
     parser.add_argument(
         "benchmark", nargs="*", metavar="WHAT",
-        help=f"{', '.join(choices)}: operations, models, the step of small models beside transformers, a results file "
-        "as a table (with --json); all operations and models where absent",
+        help=f"{', '.join(choices)}: operations, models, the step of small models beside transformers, loading beside "
+        "reading, a results file as a table (with --json); all operations and models where absent",
     )  # fmt: skip
     parser.add_argument("--device", help="cuda, cuda:1, cpu ...; the GPU where absent")
     parser.add_argument("--json", metavar="FILE", help="the results file (results/<gpu>.json)")
@@ -39,7 +42,7 @@ def main() -> int:
     parser.add_argument("--again", action="store_true", help="measure what was measured with this code, too")
     parser.add_argument("--no-tests", dest="tests", action="store_false", help="leave out the tests that need a GPU")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, once, in Triton's interpreter on the CPU")
-    parser.add_argument("--threads", type=int, help="decode: CPU threads for every contender (torch's choice)")
+    parser.add_argument("--threads", type=int, help="decode, loading: CPU threads for every contender (torch's choice)")
     options = parser.parse_args()
     try:
         for name in options.benchmark:
@@ -56,25 +59,25 @@ def _run(options: argparse.Namespace) -> int:
         raise TritiumError(f"--minutes: must be above 0, got {options.minutes}")
     if options.threads is not None and options.threads < 1:
         raise TritiumError(f"--threads: must be 1 or more, got {options.threads}")
-    decoding = options.benchmark == ["decode"]
+    alone = ALONE.get(options.benchmark[0]) if len(options.benchmark) == 1 else None
     for name in ("json", "plot"):
         path = getattr(options, name)
-        if path is not None and (Path(path).is_dir() or (decoding and not Path(path).parent.is_dir())):
+        if path is not None and (Path(path).is_dir() or (alone and not Path(path).parent.is_dir())):
             raise TritiumError(f"--{name}: {path}: give a file in a folder that exists")
-    if {"decode", "show"} & set(options.benchmark) and len(options.benchmark) > 1:
-        raise TritiumError("decode and show go alone")
+    if {*ALONE, "show"} & set(options.benchmark) and len(options.benchmark) > 1:
+        raise TritiumError(f"{', '.join(ALONE)} and show go alone")
     if options.benchmark == ["show"]:
         if not options.json:
             raise TritiumError("show: name a results file by --json")
         found = read_json(Path(options.json))
         try:
-            print(decode.summary(found) if "results" in found else record.summary(record.read(Path(options.json))))
+            print(_summary(found) if "results" in found else record.summary(record.read(Path(options.json))))
         except (KeyError, TypeError, AttributeError):
             raise TritiumError(f"{options.json}: not a results file") from None
         return 0
-    if decoding:
+    if alone is not None:
         options.device = options.device or "cpu"
-        decode.run(options)
+        alone.run(options)
         return 0
     if options.device is None and not torch.cuda.is_available():
         raise TritiumError(NEEDS)
@@ -86,6 +89,11 @@ def _run(options: argparse.Namespace) -> int:
     # Tests belong to the one command, not to a question about one operation.
     options.tests = options.tests and not options.smoke and not options.benchmark and options.case is None
     return suite.run(options)
+
+
+def _summary(found: dict[str, Any]) -> str:
+    """What has a file of its own, by what its rows have."""
+    return (loading if "load_seconds" in found["results"][0] else decode).summary(found)
 
 
 if __name__ == "__main__":

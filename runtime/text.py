@@ -1,6 +1,8 @@
 """Text in, text out: prompts and conversations over a loaded model."""
 
+import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -11,11 +13,43 @@ from .loading import pick_device
 from .tokenizer import Messages, StreamDecoder, Tokenizer
 
 
+@dataclass
+class Stats:
+    """What a text took, by the clock on the wall, from the asking for its first piece to its last token; the time that
+    the reader of a stream keeps each piece is in it.
+    """
+
+    prompt_tokens: int
+    new_tokens: int = 0  # with an EOS, and with what a stop string cut off
+    first_token_seconds: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of those after the first: what decoding gives."""
+        decoding = self.seconds - self.first_token_seconds
+        return (self.new_tokens - 1) / decoding if decoding > 0 else 0.0
+
+    def note(self, seconds: float) -> None:
+        """Counts a token that came so long after the beginning."""
+        if not self.new_tokens:
+            self.first_token_seconds = seconds
+        self.new_tokens += 1
+        self.seconds = seconds
+
+    def __str__(self) -> str:
+        return (
+            f"first token {self.first_token_seconds:.3f} s after a prompt of {self.prompt_tokens}; "
+            f"{self.new_tokens} new tokens, {self.tokens_per_second:.1f} tokens/s after the first"
+        )
+
+
 class TextGenerator:
     """Generates text with a loaded model and its tokenizer.
 
     `device` moves the model where it is not there yet. Options that are None take the checkpoint's own
     generation_config.json, then temperature 1.0, top_k 0 (all) and top_p 0.9. A repetition_penalty there has no effect.
+    `last_stats` is what the last text took, as far as it came.
     """
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer | None, device: str | torch.device | None = None) -> None:
@@ -27,6 +61,7 @@ class TextGenerator:
             )
         self.model = model if device is None else model.to(pick_device(device))
         self.tokenizer = tokenizer
+        self.last_stats: Stats | None = None
         self._vocabulary = tokenizer.id_limit  # the embedding may have more rows: nothing is to be made of them
 
     def generate(
@@ -102,11 +137,14 @@ class TextGenerator:
         # Both check what they are given here and now, not when the first piece is asked for.
         decoder = StreamDecoder(self.tokenizer, stop)
         steps = generate(self.model, [tokens], options, self.tokenizer.eos_ids, self._vocabulary)
-        return self._stream(decoder, steps)
+        return self._stream(decoder, steps, Stats(len(tokens)))
 
-    def _stream(self, decoder: StreamDecoder, steps: Iterator[list[int | None]]) -> Iterator[str]:
+    def _stream(self, decoder: StreamDecoder, steps: Iterator[list[int | None]], stats: Stats) -> Iterator[str]:
+        self.last_stats = stats
         eos = set(self.tokenizer.eos_ids)
+        start = time.perf_counter()
         for (token,) in steps:
+            stats.note(time.perf_counter() - start)
             if token is not None and token not in eos and (piece := decoder.add(token)):
                 yield piece
             if decoder.stopped:
