@@ -33,8 +33,8 @@ from .linear import _add_product, _finish, _tile, _unit_columns
 from .rms_norm import wide_dtype
 
 BLOCK = 64  # elements along K that share a scale, of 4 bits
-SHRINKS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8)  # of the scale that spans a block: what it clips, the rest gains
-AT_ONCE = 2**22  # elements whose temporaries are there at one time
+SHRINKS = (1.0, 0.95, 0.9, 0.85)  # of the scale that spans a block: what it clips, the rest gains
+AT_ONCE = 2**20  # elements whose temporaries are there at one time
 
 
 class Quantised(NamedTuple):
@@ -44,6 +44,13 @@ class Quantised(NamedTuple):
     scale: Tensor
 
 
+def quantised_shapes(rows: int, width: int, bits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of values and of scale, for a weight [rows, width]."""
+    blocks = -(-width // BLOCK)
+    return ((rows, width), (rows,)) if bits == 8 else ((rows, blocks * BLOCK // 2), (rows, blocks))
+
+
+@torch.no_grad()
 def quantise(weight: Tensor, bits: int) -> Quantised:
     """weight [N, K] in `bits`, 8 or 4.
 
@@ -59,7 +66,7 @@ def quantise(weight: Tensor, bits: int) -> Quantised:
 
 
 def _levels(weight: Tensor, scale: Tensor, least: int, most: int) -> Tensor:
-    return (weight / torch.where(scale == 0, 1, scale)).round().clamp(least, most)
+    return (weight / torch.where(scale == 0, 1, scale)).round_().clamp_(least, most)
 
 
 def _eight_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,13 +82,13 @@ def _four_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
     for shrink in SHRINKS:
         for level in (-8, 7):  # where the largest goes
             tried = (largest * (shrink / level)).to(weight.dtype)  # what is stored is what is judged
-            error = (_levels(blocks, tried.float(), -8, 7) * tried - blocks).square().sum(2, keepdim=True)
+            error = _levels(blocks, tried.float(), -8, 7).mul_(tried).sub_(blocks).square_().sum(2, keepdim=True)
             if scale is None or least_error is None:
                 scale, least_error = tried, error
             scale = torch.where(error < least_error, tried, scale)
             least_error = torch.minimum(error, least_error)
     assert scale is not None
-    low, high = (_levels(blocks, scale.float(), -8, 7) + 8).to(torch.uint8).chunk(2, dim=2)
+    low, high = _levels(blocks, scale.float(), -8, 7).add_(8).to(torch.uint8).chunk(2, dim=2)
     return (low | high << 4).flatten(1), scale.squeeze(2)
 
 
@@ -173,8 +180,7 @@ def quantised_linear(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | No
         raise ValueError(f"x must be [T, K] and values [N, bytes], got {list(x.shape)} and {list(values.shape)}")
     tokens, depth = x.shape
     width = values.shape[0]
-    blocks = triton.cdiv(depth, BLOCK)
-    shapes = ((width, depth), (width,)) if bits == 8 else ((width, blocks * BLOCK // 2), (width, blocks))
+    shapes = quantised_shapes(width, depth, bits)
     for name, tensor, shape, dtype in (
         ("values", values, shapes[0], values.dtype),
         ("scale", scale, shapes[1], torch.float32 if bits == 8 else scale.dtype),

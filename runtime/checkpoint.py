@@ -18,6 +18,7 @@ from .errors import TritiumError, nearest, out_of_memory_named
 from .files import read_json
 from .hf_config import config_from_spec, keys_read, spec_from_config
 from .lora import adapters
+from .quantisation import Quantiser, check_dense
 from .registry import family_of_model_type, get_family
 from .spec import DTYPES, ModelSpec
 from .weight_map import Piece, WeightMap
@@ -105,11 +106,18 @@ def weight_files(directory: Path) -> list[Path]:
     )
 
 
-def load_weights(model: Decoder, directory: Path, progress: bool = True, device: torch.device | str = "cpu") -> None:
+def load_weights(
+    model: Decoder,
+    directory: Path,
+    progress: bool = True,
+    device: torch.device | str = "cpu",
+    quantise: str | None = None,
+) -> None:
     """Streams a checkpoint into a model that was built on the meta device: one tensor at a time, straight to `device`.
 
     Every parameter is filled exactly once and every tensor used or ignored by name; otherwise one TritiumError says
-    all that does not fit, before anything is allocated.
+    all that does not fit, before anything is allocated. With `quantise` (int8, int4) a weight is quantised as soon as
+    it is whole: see quantisation.py.
     """
     files = weight_files(directory)
     found_in = [(path, *entry) for path in files for entry in read_tensors(path, entries)]
@@ -125,23 +133,29 @@ def load_weights(model: Decoder, directory: Path, progress: bool = True, device:
         found[name] = shape
     weights.check(found, str(directory))
 
+    quantiser = None if quantise is None else Quantiser(model, quantise, weights.pieces.values())
     allocate(model, device)
-    parameters = dict(model.named_parameters())
+    parameters = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with tqdm(total=len(weights.pieces), desc="Loading weights", unit=" tensors", delay=1, disable=not progress) as bar:
 
         def stream(checkpoint: Any) -> None:
             for name in checkpoint.offset_keys():
                 if piece := weights.pieces.get(weights.canonical(name)):
-                    piece.fill(parameters[piece.parameter].data, checkpoint.get_tensor(name))
+                    if quantiser is not None and piece.parameter in quantiser.modules:
+                        quantiser.fill(piece, checkpoint.get_tensor(name))
+                    else:
+                        piece.fill(parameters[piece.parameter].data, checkpoint.get_tensor(name))
                     bar.update()
 
         for path in files:
             read_tensors(path, stream)
+    if quantiser is not None:
+        quantiser.finish()
 
 
 def allocate(model: Decoder, device: torch.device | str) -> None:
     """Gives a meta model real, uninitialised parameters. Raises TritiumError when the device lacks the memory."""
-    needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    needed = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     with out_of_memory_named("the weights", needed, device):
         model.to_empty(device=device)
 
@@ -175,8 +189,9 @@ def save_pretrained(
     The latter can express any spec, but nothing else reads it. `dtype` converts the weights (None keeps them). Files
     above `shard_bytes` are split and indexed; weight files of an earlier save in the folder are removed. `merge` adds
     LoRA adapters to what is written, and leaves the model as it is. Raises TritiumError for a dtype, or a trait of the
-    model, that the layout cannot express, and for adapters that are not to be merged.
+    model, that the layout cannot express, for adapters that are not to be merged, and for a quantised model.
     """
+    check_dense(model, "save_pretrained")
     if layout not in ("family", NATIVE):
         raise TritiumError(f"layout: unknown {layout!r}; {nearest(str(layout), ('family', NATIVE))}")
     directory = Path(directory).expanduser()

@@ -33,6 +33,7 @@ def _parser() -> Parser:
     where.add_argument("--device", help="cpu, cuda, cuda:1 ...; the GPU where there is one")
     where.add_argument("--dtype", default="auto", help="bfloat16, float16, float32, checkpoint; auto: float32 on a CPU")
     where.add_argument("--backend", default="auto", help="auto, triton or torch")
+    where.add_argument("--quantise", metavar="SCHEME", help="int8 or int4: store the weights in as many bits")
     where.add_argument(
         "--override",
         action="append",
@@ -150,9 +151,11 @@ def _load(options: argparse.Namespace, mesh: Any = None) -> tuple[Any, Any]:
 
         family = get_family(options.model)
         name = f"{family.name}:{family.size_name(options.size)}"
-    chosen = {key: getattr(options, key) for key in ("variant", "device", "dtype", "backend")}
+    chosen = {key: getattr(options, key) for key in ("variant", "device", "dtype", "backend", "quantise")}
     chosen["overrides"] = dict(map(_override, options.override))
     if mesh is not None:  # a model that is shared out may be too large for one device
+        if options.quantise is not None:
+            raise TritiumError("--quantise: not with --tensor-parallel; leave one of them out")
         chosen["device"] = "cpu"
         if mesh.device.type != "cpu" and options.dtype == "auto":
             chosen["dtype"] = "checkpoint"

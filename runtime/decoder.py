@@ -17,6 +17,7 @@ from .kernel_set import REFERENCE, KernelSet, Loss, normalise
 from .layers import Layer, TransformerDecoder, as_spec
 from .parallel.exchange import Exchange
 from .plan import Dense, Norm, Plan
+from .quantisation import QuantisedLinear, check_dense, draw
 from .spec import DTYPES
 from .triton_path import Modes
 
@@ -41,7 +42,10 @@ class Decoder(nn.Module):
         learned = spec.positions == "learned"
         self.position_embedding = _embedding(spec.context_length, spec.embedding_dim) if learned else None
         self.stack = TransformerDecoder(spec)
-        self.head = None if spec.tie_embeddings else nn.Linear(spec.embedding_dim, spec.vocab_size, bias=False)
+        self.head: nn.Linear | QuantisedLinear | None = None
+        if not spec.tie_embeddings:
+            self.head = nn.Linear(spec.embedding_dim, spec.vocab_size, bias=False)
+        self.quantisation: str | None = None  # the scheme in which weights are stored: see quantisation.py
         self.backend = Backend(backend)
         # Other ones only where processes share the layers: see parallel/tensor.py.
         self.local_config = self.config
@@ -65,6 +69,8 @@ class Decoder(nn.Module):
             if self.backend.name == "triton":
                 raise TritiumError(f"backend 'triton' cannot run this model: {why}; use backend 'torch' or 'auto'")
             return REFERENCE
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
+            check_dense(self, "training")
         return self.backend.kernels(self.embedding.weight, self.parameters())
 
     def use_backend(
@@ -79,8 +85,12 @@ class Decoder(nn.Module):
         return self
 
     def num_parameters(self) -> int:
-        """Parameters stored; tied embeddings count once."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        """Weights of the model, in however many bits they are stored; tied embeddings count once."""
+        own = None if self.config.tie_embeddings else self.head
+        quantised = (module for module in self.stack.modules() if isinstance(module, QuantisedLinear))
+        count = sum(module.num_parameters() for module in quantised)
+        count += own.num_parameters() if isinstance(own, QuantisedLinear) else 0
+        return count + sum(parameter.numel() for parameter in self.parameters())
 
     def enable_gradient_checkpointing(self, enable: bool = True, keep: str = "nothing") -> None:
         """Recomputes each layer in the backward pass instead of keeping its activations.
@@ -176,7 +186,9 @@ class Decoder(nn.Module):
         return None if self.position_embedding is None else self.position_embedding.weight
 
     def _bind_head(self) -> Dense:
-        return Dense(self.stack.cast(self.embedding.weight if self.head is None else self.head.weight), None)
+        if self.head is not None:
+            return self.stack.dense(self.head)
+        return Dense(self.stack.cast(self.embedding.weight), None)
 
     def _embed(self, tokens: Tensor, weight: Tensor, batch: Batch, positions: Tensor | None) -> Tensor:
         x = nn.functional.embedding(tokens, weight)
@@ -243,15 +255,15 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def initialise(self, std: float = 0.02, seed: int = 0) -> "Decoder":
-        """Redraws matrices from a normal distribution, sets norms to one and biases to zero."""
+        """Redraws matrices from a normal distribution, sets norms to one and biases to zero. Raises TritiumError for a
+        quantised model.
+        """
+        check_dense(self, "initialise")
         if self.device.type == "meta":  # nothing to draw into yet
             return self
         generator = torch.Generator(self.device).manual_seed(seed)
         for name, parameter in self.named_parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0.0, std, generator=generator)
-            else:
-                parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+            draw(name, parameter, std, generator)
         return self
 
 

@@ -23,6 +23,7 @@ from .batch import Batch, Padding
 from .errors import TritiumError, nearest
 from .kernel_set import KernelSet, normalise
 from .parallel.exchange import Exchange
+from .quantisation import QuantisedLinear
 from .rope import RotaryEmbedding
 from .spec import ModelSpec
 
@@ -48,7 +49,9 @@ class Layer(nn.Module):
     def cast(self, parameter: Tensor) -> Tensor:
         return parameter if self.compute_dtype is None else parameter.to(self.compute_dtype)
 
-    def dense(self, linear: nn.Linear) -> plan.Dense:
+    def dense(self, linear: nn.Linear | QuantisedLinear) -> plan.Dense:
+        if isinstance(linear, QuantisedLinear):
+            return linear.bind()
         weight, bias = self.cast(linear.weight), None if linear.bias is None else self.cast(linear.bias)
         adapter = getattr(linear, "adapter", None)
         return plan.Dense(weight, bias) if adapter is None else adapter.bind(weight, bias)
@@ -130,7 +133,8 @@ class MultiHeadAttention(Layer):
         self.rope_in_float32 = rope_in_float32
         self.window = window
         self.rotary = (rotary or RotaryEmbedding(self.head_dim, rope_base, max_seq_len)) if use_rope else None
-        self.qkv = nn.Linear(embed_dim, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim, bias=qkv_bias)
+        packed = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        self.qkv: nn.Linear | QuantisedLinear = nn.Linear(embed_dim, packed, bias=qkv_bias)
         self.out = nn.Linear(self.num_heads * self.head_dim, embed_dim, bias=out_bias)
         weighted = use_qk_norm and qk_norm_weighted
         self.q_norm = RMSNorm(self.head_dim, norm_eps) if weighted else None
@@ -152,7 +156,8 @@ class MultiHeadAttention(Layer):
             weight = torch.cat(
                 (self.q_norm.weight.expand(self.num_heads, -1), self.k_norm.weight.expand(self.num_kv_heads, -1))
             )
-        like = self.qkv.weight if self.compute_dtype is None else self.qkv.weight.new_empty(0, dtype=self.compute_dtype)
+        like = self.qkv.like if isinstance(self.qkv, QuantisedLinear) else self.qkv.weight
+        like = like if self.compute_dtype is None else like.new_empty(0, dtype=self.compute_dtype)
         weight = None if weight is None else self.cast(weight)
         return plan.Attention(
             num_heads=self.num_heads,

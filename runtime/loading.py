@@ -12,6 +12,7 @@ import torch
 from .checkpoint import allocate, load_weights, read_spec
 from .decoder import Decoder
 from .errors import TritiumError, nearest
+from .quantisation import Quantiser, check_scheme
 from .registry import MODELS, families, get_family, read_size
 from .spec import DTYPES, ModelSpec
 from .tokenizer import Tokenizer
@@ -31,22 +32,25 @@ def load(
     dtype: str | torch.dtype = "auto",
     backend: str = "auto",
     overrides: Mapping[str, Any] | None = None,
+    quantise: str | None = None,
     progress: bool = True,
 ) -> Loaded:
     """(model, tokenizer, spec) of a hub id, a local checkpoint folder, or `family[:size]`.
 
     `device=None` is the GPU where there is one. `dtype="checkpoint"` is the checkpoint's own; `"auto"` is that on a GPU
     and float32 on a CPU, where half precision saves memory but no time. `overrides` are laid over the keys of the
-    checkpoint's config.json, such as its rope_scaling (see docs/architecture/positional-encoding.md). The tokenizer is
-    None where the checkpoint has none. Raises TritiumError with one line that says what is wrong.
+    checkpoint's config.json, such as its rope_scaling (see docs/architecture/positional-encoding.md). `quantise="int8"`
+    or `"int4"` stores the weights in as many bits (see docs/architecture/quantisation.md). The tokenizer is None where
+    the checkpoint has none. Raises TritiumError with one line that says what is wrong.
     """
+    check_scheme(quantise)
     directory = resolve_checkpoint(str(name), variant, progress)
     device = pick_device(device)
     spec = read_spec(directory, overrides)
     dtype = _pick_dtype(dtype, spec, device)
     with torch.device("meta"):
         model = Decoder(spec, backend).to(dtype)
-    load_weights(model, directory, progress, device)
+    load_weights(model, directory, progress, device, quantise)
     settings = get_family(spec.family).tokenizer
     tokenizer = Tokenizer.from_pretrained(directory, settings) if Tokenizer.found_in(directory, settings) else None
     return model.eval(), tokenizer, spec
@@ -88,11 +92,13 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
     backend: str = "auto",
+    quantise: str | None = None,
     seed: int = 0,
 ) -> Decoder:
     """A model of this spec with random weights. `model_type`, where given, must be the spec's family, or the one under
-    which its size is listed.
+    which its size is listed. `quantise` as in `load`: the same weights, in fewer bits.
     """
+    check_scheme(quantise)
     if not isinstance(config, ModelSpec):
         raise TritiumError(f"config: must be a ModelSpec, as load_config gives it, got {type(config).__name__}")
     if model_type is not None and config.family not in get_family(model_type).members:
@@ -100,8 +106,13 @@ def load_model(
     device = pick_device(device)
     with torch.device("meta"):
         model = Decoder(config, backend).to(_pick_dtype(dtype, config, device))
+    if quantise is None:
+        allocate(model, device)
+        return model.initialise(seed=seed).eval()
+    quantiser = Quantiser(model, quantise)
     allocate(model, device)
-    return model.initialise(seed=seed).eval()
+    quantiser.initialise(seed=seed)
+    return model.eval()
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .errors import TritiumError, nearest
 from .plan import LowRank
+from .quantisation import check_dense
 from .registry import get_family
 from .weight_map import Piece, WeightMap
 
@@ -182,6 +183,7 @@ def attach(model: "Decoder", found: Mapping[str, Sequence[Part]], how: LoRA) -> 
 
 def check_free(model: "Decoder") -> None:
     """Raises TritiumError for a model that cannot be given adapters."""
+    check_dense(model, "LoRA")
     if adapters(model):
         raise TritiumError("the model has LoRA adapters already: merge_lora first")
     if model.exchange is not None:

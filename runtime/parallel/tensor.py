@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TritiumError
+from ..quantisation import check_dense
 from ..spec import ModelSpec
 from .exchange import Exchange
 
@@ -89,6 +90,7 @@ def split_model(model: "Decoder", index: int, count: int, group: Any) -> None:
 
     The parameters are new tensors: make optimizers afterwards. Raises TritiumError for a model that cannot be cut so.
     """
+    check_dense(model, "tensor parallelism")
     local, cuts = local_spec(model.config, count), splits(model.config)
     for module, name, full_name in _parameters(model):
         parameter = getattr(module, name)
