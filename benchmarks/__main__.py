@@ -7,16 +7,14 @@ plot beside it. What a run did not reach, the next one takes up.
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from tritium.runtime.errors import Parser, TritiumError, nearest
 from tritium.runtime.files import read_json
 from tritium.runtime.loading import pick_device
 
-from . import decode, loading, record, suite
-
-ALONE = {"decode": decode, "loading": loading}  # what runs on a CPU, too, and writes a file of its own
+from . import record, suite
+from .alone import ALONE, summary
 
 NEEDS = (
     "the benchmarks need a GPU, and torch sees none; `decode --device cpu` measures the decode step of the PyTorch "
@@ -71,7 +69,7 @@ def _run(options: argparse.Namespace) -> int:
             raise TritiumError("show: name a results file by --json")
         found = read_json(Path(options.json))
         try:
-            print(_summary(found) if "results" in found else record.summary(record.read(Path(options.json))))
+            print(summary(found) if "results" in found else record.summary(record.read(Path(options.json))))
         except (KeyError, TypeError, AttributeError):
             raise TritiumError(f"{options.json}: not a results file") from None
         return 0
@@ -89,11 +87,6 @@ def _run(options: argparse.Namespace) -> int:
     # Tests belong to the one command, not to a question about one operation.
     options.tests = options.tests and not options.smoke and not options.benchmark and options.case is None
     return suite.run(options)
-
-
-def _summary(found: dict[str, Any]) -> str:
-    """What has a file of its own, by what its rows have."""
-    return (loading if "load_seconds" in found["results"][0] else decode).summary(found)
 
 
 if __name__ == "__main__":

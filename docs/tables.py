@@ -23,7 +23,7 @@ DOCS = ROOT / "docs"
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # not docs/, and nothing called `kernels` or `models` is imported by that name
 
-from tritium.benchmarks import decode, record  # noqa: E402
+from tritium.benchmarks import alone, record  # noqa: E402
 from tritium.runtime.errors import TritiumError, nearest  # noqa: E402
 from tritium.runtime.files import read_json, read_text  # noqa: E402
 from tritium.runtime.registry import Family, families, get_family  # noqa: E402
@@ -200,7 +200,7 @@ def _type(annotation: ast.expr) -> str:
 def results_table(page: Path, name: str) -> str:
     """What benchmarks/results/NAME.json holds, as the benchmarks themselves print it."""
     found = read_json(ROOT / "benchmarks" / "results" / f"{name}.json")
-    text = record.summary(found) if "rows" in found else decode.summary(found)
+    text = record.summary(found) if "rows" in found else alone.summary(found)
     return f"```text\n{text}\n```"
 
 

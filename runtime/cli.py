@@ -1,4 +1,4 @@
-"""The command line: `tritium generate`, `chat`, `train`, `verify`, `models`, `tune`."""
+"""The command line: `tritium generate`, `chat`, `train`, `verify`, `warmup`, `models`, `tune`."""
 
 import argparse
 import importlib.util
@@ -6,6 +6,7 @@ import io
 import json
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -51,6 +52,7 @@ def _parser() -> Parser:
     how.add_argument("--seed", type=int, help="the same seed gives the same text")
     how.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (repeatable)")
     how.add_argument("--stream", action="store_true", help="print the text as it comes")
+    how.add_argument("--stats", action="store_true", help="say on stderr what loading, first token and decoding took")
 
     generate = commands.add_parser("generate", parents=[source, sampling], help="continue a prompt")
     generate.add_argument("--prompt", required=True, help="the text to continue")
@@ -79,6 +81,9 @@ def _parser() -> Parser:
     verify.add_argument("--prompt", default=VERIFY_PROMPT, help="the text that both paths read")
     verify.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help="greedy tokens to compare (16)")
     verify.add_argument("--plot", metavar="FILE.png", help="draw the error by depth, both paths")
+    warmup = commands.add_parser("warmup", parents=[source], help="compile a model's kernels before they are needed")
+    warmup.add_argument("--batch", type=int, nargs="+", default=[1], metavar="N", help="batch sizes, one or more (1)")
+    warmup.add_argument("--context", type=int, metavar="N", help="the longest sequence (8192, or the model's context)")
     commands.add_parser("models", help="list families and sizes")
     commands.add_parser("tune", add_help=False, help="find this GPU's launch configurations (see `tune --help`)")
     return parser
@@ -93,8 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _tune(rest)
         if rest:
             _parser().error(f"unrecognized arguments: {' '.join(rest)}")
-        commands = {"generate": _generate, "chat": _chat, "train": _train, "verify": _verify, "models": _models}
-        code = commands[options.command](options)
+        commands = {"generate": _generate, "chat": _chat, "train": _train, "verify": _verify}
+        code = {**commands, "warmup": _warmup, "models": _models}[options.command](options)
         sys.stdout.flush()
         return code or 0
     except TritiumError as error:
@@ -129,13 +134,14 @@ def _generator(options: argparse.Namespace, mesh: Any = None) -> Any:
     SamplingOptions(**{name: getattr(options, name) for name in given if getattr(options, name) is not None})
     from .text import TextGenerator
 
-    return TextGenerator(*_load(options, mesh))
+    start = time.perf_counter()
+    generator = TextGenerator(*_load(options, mesh))
+    options.load_seconds = time.perf_counter() - start
+    return generator
 
 
-def _load(options: argparse.Namespace, mesh: Any = None) -> tuple[Any, Any]:
-    """(model, tokenizer) of the model that was named, the bundled one where none was; of a mesh of processes, each
-    gets its part of the model.
-    """
+def _name(options: argparse.Namespace) -> str:
+    """What `load` takes for the model that was named, the bundled one where none was."""
     if options.checkpoint is not None and (options.model is not None or options.size is not None):
         raise TritiumError("give either --checkpoint or --model and --size, not both")
     for name in ("size", "variant"):
@@ -143,14 +149,23 @@ def _load(options: argparse.Namespace, mesh: Any = None) -> tuple[Any, Any]:
             raise TritiumError(f"--{name} needs --model, the family that it is a {name} of")
     if options.checkpoint == "":
         raise TritiumError("--checkpoint is empty: give a folder or a hub id")
-    from .loading import BUNDLED, load
-
-    name = BUNDLED if options.checkpoint is None else options.checkpoint
     if options.model is not None:
         from .registry import get_family
 
         family = get_family(options.model)
-        name = f"{family.name}:{family.size_name(options.size)}"
+        return f"{family.name}:{family.size_name(options.size)}"
+    from .loading import BUNDLED
+
+    return BUNDLED if options.checkpoint is None else str(options.checkpoint)
+
+
+def _load(options: argparse.Namespace, mesh: Any = None) -> tuple[Any, Any]:
+    """(model, tokenizer) of the model that was named, the bundled one where none was; of a mesh of processes, each
+    gets its part of the model.
+    """
+    name = _name(options)
+    from .loading import load
+
     chosen = {key: getattr(options, key) for key in ("variant", "device", "dtype", "backend", "quantise")}
     chosen["overrides"] = dict(map(_override, options.override))
     if mesh is not None:  # a model that is shared out may be too large for one device
@@ -189,8 +204,16 @@ def _sampling(options: argparse.Namespace) -> dict[str, Any]:
     return {"stream": True, **limit, **{name: getattr(options, name) for name in names}}
 
 
-def _show(pieces: Iterable[str], options: argparse.Namespace) -> str:
-    """Prints a text, piece by piece or whole, and returns it."""
+def _show(pieces: Iterable[str], options: argparse.Namespace, generator: Any) -> str:
+    """Prints a text, piece by piece or whole, with what it took where that was asked for; returns the text."""
+    text = _print(pieces, options)
+    if options.stats and is_first_process():
+        sys.stdout.flush()
+        print(f"model loaded in {options.load_seconds:.2f} s; {generator.last_stats}", file=sys.stderr)
+    return text
+
+
+def _print(pieces: Iterable[str], options: argparse.Namespace) -> str:
     if options.stream:
         shown = []
         for piece in pieces:
@@ -219,9 +242,9 @@ def _generate(options: argparse.Namespace) -> None:
         pieces = generator.generate(options.prompt, **_sampling(options))
         if options.stream:
             print(options.prompt, end="", flush=True)
-            _show(pieces, options)
+            _show(pieces, options, generator)
         else:
-            _show((piece for part in ((options.prompt,), pieces) for piece in part), options)
+            _show((piece for part in ((options.prompt,), pieces) for piece in part), options, generator)
 
 
 @contextmanager
@@ -239,7 +262,7 @@ def _chat(options: argparse.Namespace) -> None:
     thinking = False if options.no_thinking else None
     ask = {**_sampling(options), "enable_thinking": thinking}
     if options.prompt is not None:
-        _show(generator.chat(options.prompt, system=options.system, **ask), options)
+        _show(generator.chat(options.prompt, system=options.system, **ask), options, generator)
         return
     conversation = [] if options.system is None else [{"role": "system", "content": options.system}]
     has_template = generator.tokenizer.chat_template is not None
@@ -254,7 +277,7 @@ def _chat(options: argparse.Namespace) -> None:
         if not message.strip():
             continue
         conversation.append({"role": "user", "content": message})
-        answer = _show(generator.chat(conversation if has_template else message, **ask), options)
+        answer = _show(generator.chat(conversation if has_template else message, **ask), options, generator)
         conversation.append({"role": "assistant", "content": answer})
 
 
@@ -291,6 +314,27 @@ def _verify(options: argparse.Namespace) -> int:
     if options.plot is not None:
         plot(report, options.plot)
     return int(bool(report.problems))
+
+
+def _warmup(options: argparse.Namespace) -> None:
+    if options.backend == "torch":
+        raise TritiumError("--backend torch: warmup compiles the Triton kernels; leave --backend out")
+    if options.model is not None and options.override:
+        raise TritiumError("--override: needs --checkpoint, whose config.json has the key")
+    from .checkpoint import read_spec
+    from .loading import resolve_checkpoint
+    from .registry import get_family
+    from .warmup import report, require_kernels
+
+    require_kernels()  # what cannot run here must not cost a download
+    name = _name(options)
+    if options.model is not None:  # known without its weights
+        family = get_family(options.model)
+        spec = family.spec(family.size_name(options.size))
+    else:
+        spec = read_spec(resolve_checkpoint(name, progress=_is_watched()), dict(map(_override, options.override)))
+    chosen = {key: getattr(options, key) for key in ("device", "dtype", "quantise")}
+    print(report(spec, batches=options.batch, context=options.context, **chosen))
 
 
 def _train(options: argparse.Namespace) -> int:

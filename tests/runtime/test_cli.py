@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from tritium.runtime import cli
 from tritium.runtime.registry import families, get_family
 from tritium.runtime.spec import ModelSpec
-from tritium.runtime.text import TextGenerator
+from tritium.runtime.text import Stats, TextGenerator
 from tritium.runtime.tokenizer import Tokenizer
 
 import tritium
@@ -110,6 +110,45 @@ def test_stop(say: Say, stream: list[str]) -> None:
     early, late = whole[7:9], whole[20:22]
     shown = say("generate", "--prompt", "x", *SEEDED, *stream, "--stop", late, "--stop", early)
     assert shown == f"x{whole[: min(whole.index(early), whole.index(late))]}\n"
+
+
+def test_stats_go_to_stderr_behind_the_text(
+    say: Say, checkpoint: Path, generator: TextGenerator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Would break: they stand in the text, or count another text's tokens."""
+    text = say("generate", "--prompt", "To be,", *SEEDED)
+    source = ["--checkpoint", str(checkpoint), "--device", "cpu"]
+    assert cli.main(["generate", *source, "--prompt", "To be,", *SEEDED, "--stats"]) == 0
+    out, err = capsys.readouterr()
+    assert out == text
+    number = r"\d+\.\d+"
+    assert re.fullmatch(
+        rf"model loaded in {number} s; first token {number} s after a prompt of 6; "
+        rf"40 new tokens, {number} tokens/s after the first\n",
+        err,
+    )
+    assert cli.main(["chat", *source, "--prompt", "hello", *SEEDED, "--stats", "--stream"]) == 0
+    assert "after a prompt of 11; 40 new tokens" in capsys.readouterr().err  # <u>hello<a>
+
+
+def test_stats_of_a_text(generator: TextGenerator) -> None:
+    pieces = generator.generate("To be,", stream=True, max_new_tokens=9, seed=3)
+    next(iter(pieces))
+    assert generator.last_stats is not None
+    assert generator.last_stats.new_tokens == 1
+    assert generator.last_stats.tokens_per_second == 0
+    "".join(pieces)
+    stats = generator.last_stats
+    assert (stats.prompt_tokens, stats.new_tokens) == (6, 9)
+    assert 0 < stats.first_token_seconds < stats.seconds
+    assert stats.tokens_per_second * (stats.seconds - stats.first_token_seconds) == pytest.approx(8)
+    generator.generate("a", max_new_tokens=0)
+    assert generator.last_stats == Stats(prompt_tokens=1)
+    stats = Stats(prompt_tokens=2)
+    for seconds in (0.5, 0.75, 1.0):
+        stats.note(seconds)
+    assert stats == Stats(prompt_tokens=2, new_tokens=3, first_token_seconds=0.5, seconds=1.0)
+    assert str(stats) == "first token 0.500 s after a prompt of 2; 3 new tokens, 4.0 tokens/s after the first"
 
 
 def test_no_new_tokens(say: Say) -> None:
