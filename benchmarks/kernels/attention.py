@@ -140,6 +140,7 @@ def _of(model: str) -> tuple[str, int, int, int]:
 CASES = [
     *(prefill("GQA", 64, 8, 128, length * 1024) for length in (2, 4, 8, 16, 32)),
     *(prefill(*_of(model), 4096) for model in MODELS),
+    *(prefill(*_of(model), length * 1024) for model in ("qwen3 8B", "mobilellm 950m") for length in (2, 8, 16, 32)),
     chunk(*_of("qwen3 8B"), 1024, 8192),
 ]
 SMOKE = [prefill("tiny", 4, 2, 16, 20), chunk("tiny", 2, 1, 16, 5, 270)]

@@ -4,9 +4,11 @@
 in random order in the pool. Peers without pages get keys and values that lie densely.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tritium.kernels.decode_attention import decode_attention_reference
 from tritium.runtime.sdpa import sdpa_paged_attention
@@ -16,6 +18,7 @@ from ..peers import flashinfer, sdpa
 from ..shapes import ITEM, MODELS, spec
 
 PAGE = 256
+ITS_PAGE = 16  # FlashInfer's
 
 
 def decode(name: str, heads: int, kv_heads: int, head_dim: int, rows: int, length: int) -> Case:
@@ -52,7 +55,7 @@ def decode(name: str, heads: int, kv_heads: int, head_dim: int, rows: int, lengt
     def bind(package: Any, *args: Tensor) -> Call:
         q, k, v = dense(*args)
         if rows > 1:
-            raise RuntimeError("compared for one sequence")
+            return paged(package, q[:, :, 0], k, v, scale)
         k, v = k[0], v[0]
         return lambda: package.single_decode_with_kv_cache(q[0, :, 0], k, v, "HND", sm_scale=scale).unsqueeze(0)
 
@@ -73,14 +76,49 @@ def decode(name: str, heads: int, kv_heads: int, head_dim: int, rows: int, lengt
     )
 
 
+def paged(package: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Call:
+    """FlashInfer's decoding of a batch: q [R, Hq, D] over k and v [R, Hk, L, D], put into pages of the size it is made
+    for.
+    """
+    rows, kv_heads, length, head_dim = k.shape
+    pages = -(-length // ITS_PAGE)
+
+    def cut(x: Tensor) -> Tensor:
+        """[R * pages, Hk, tokens, D]."""
+        whole = F.pad(x, (0, 0, 0, pages * ITS_PAGE - length)).unflatten(2, (pages, ITS_PAGE))
+        return whole.transpose(1, 2).flatten(0, 1).contiguous()
+
+    def numbers(values: Iterable[int]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.int32, device=q.device)
+
+    work = torch.zeros(128 * 2**20, dtype=torch.uint8, device=q.device)
+    wrapper = package.BatchDecodeWithPagedKVCacheWrapper(work, "HND", use_tensor_cores=q.shape[1] >= 4 * kv_heads)
+    wrapper.plan(
+        numbers(row * pages for row in range(rows + 1)),
+        numbers(range(rows * pages)),
+        numbers([length - (pages - 1) * ITS_PAGE] * rows),
+        q.shape[1],
+        kv_heads,
+        head_dim,
+        ITS_PAGE,
+        q_data_type=q.dtype,
+        kv_data_type=k.dtype,
+        sm_scale=scale,
+    )
+    q, cache = q.contiguous(), (cut(k), cut(v))
+    return lambda: wrapper.run(q, cache)
+
+
 def _of(model: str) -> tuple[str, int, int, int]:
     found = spec(model)
     return model, found.num_heads, found.num_kv_heads, found.head_dim
 
 
 CASES = [
-    *(decode("30B-A3B", 32, 4, 128, 1, length * 1024) for length in (1, 4, 16, 64)),
-    *(decode(*_of(model), 1, 4096) for model in MODELS),
+    *(decode("30B-A3B", 32, 4, 128, 1, length * 1024) for length in (1, 4, 16, 64, 128)),
+    *(decode(*_of(model), 1, length) for model in MODELS for length in (4096, 32768)),
+    decode(*_of("qwen3 8B"), 1, 131072),
+    decode(*_of("qwen3 8B"), 8, 32768),
     decode(*_of("qwen3 8B"), 32, 4096),
     decode(*_of("qwen3 8B"), 64, 1000),
 ]

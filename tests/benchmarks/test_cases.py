@@ -1,5 +1,8 @@
 """The benchmark's own eyes: every gate sees a disturbed result, floors count what inputs and outputs hold."""
 
+import sys
+from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -98,6 +101,11 @@ def test_floors_of_attention() -> None:
     assert case.flop == 4 * 64 * 128 * (2048 * 2049 // 2)
     case = find("decode_attention", smoke=False)["30B-A3B 32/4 d128 batch 1 keys 1024"]
     assert case.reads == 2 * (2 * 1024 * 4 * 128 + 32 * 128)
+    lengths = {
+        name.split()[-1] for name in find("attention", smoke=False) if name.startswith("mobilellm 950m 24/6 d64")
+    }
+    assert {"2048", "32768"} <= lengths
+    assert "30B-A3B 32/4 d128 batch 1 keys 131072" in find("decode_attention", smoke=False)
     case = find("attention_backward", smoke=False)["GQA 64/8 d128 2048"]
     assert case.flop == 10 * 64 * 128 * (2048 * 2049 // 2)
     assert case.reads == 2 * 2048 * 128 * (3 * 64 + 2 * 8) + 4 * 2048 * 64
@@ -134,6 +142,33 @@ def test_the_sampled_definition_of_attention() -> None:
     across = [x.unsqueeze(0).transpose(1, 2) for x in (q, k, v)]
     peer = sdpa("MATH", lambda *args: tuple(across), True, 0.3)(q, k, v)()  # type: ignore[arg-type]
     torch.testing.assert_close(peer[rows], expected)
+
+
+def test_flashinfer_gets_the_keys_in_its_own_pages() -> None:
+    """The arguments of its batch decoding, read as it reads them, give what the definition gives."""
+
+    class Wrapper:
+        def __init__(self, work: Tensor, layout: str, use_tensor_cores: bool) -> None:
+            assert (layout, use_tensor_cores) == ("HND", False)
+
+        def plan(self, indptr: Tensor, indices: Tensor, last: Tensor, heads: int, *rest: Any, **named: Any) -> None:
+            assert (heads, *rest) == (4, 2, 16, 16)
+            self.pages = [indices[a:b].long() for a, b in pairwise(indptr.tolist())]
+            self.last, self.scale = last.tolist(), named["sm_scale"]
+
+        def run(self, q: Tensor, cache: tuple[Tensor, Tensor]) -> Tensor:
+            rows = []
+            for row, (pages, last) in enumerate(zip(self.pages, self.last, strict=True)):
+                length = (len(pages) - 1) * 16 + last
+                k, v = (x[pages].transpose(1, 2).flatten(0, 1)[:length] for x in cache)  # [L, Hk, D]
+                rows.append(attend(q[row : row + 1], k, v, torch.tensor([length - 1]), self.scale))
+            return torch.cat(rows)
+
+    case = find("decode_attention", smoke=True)["tiny 4/2 d16 batch 2 keys 300"]
+    package = SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=Wrapper)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "flashinfer", package)
+        assert far(case, case.peers["flashinfer"], CPU, seed=1) is None
 
 
 def test_misplaced_tokens() -> None:
