@@ -12,10 +12,11 @@ from tritium.runtime.operations import Operations
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kernels", "runtime", "models", "benchmarks", "tests", "tritium")
-SUPPORT = ("__init__.py", "launch.py", "overlap.py")  # not operations: what launchers stand on
+SUPPORT = ("__init__.py", "launch.py", "linear_phase.py", "overlap.py")  # not operations: what launchers stand on
 COMPOSED = ("linear_cross_entropy.py",)  # of others' kernels: it has no kernel or table of its own
 LAUNCHERS = {  # of a file that is not named like its own
     "sampling.py": {"sample"},
+    "decode_linear.py": {"norm_linear", "norm_linear_swiglu", "decode_linear_residual", "norm_head"},
     "routing.py": {"route", "group"},
     "routing_backward.py": {"route_backward"},
     "grouped_linear_backward.py": {"grouped_linear_dx", "grouped_linear_dweight"},
