@@ -293,10 +293,7 @@ def _run(
         return y
     x, weight = _unit_columns(x), _unit_columns(weight)
     residual = None if residual is None else _unit_columns(residual)
-    key = {"width": width, "itemsize": x.itemsize, "bits": bits, "gated": gated}
-    key["aligned"] = _aligned(x) and _aligned(weight)
-    padded = max(8, triton.next_power_of_2(num_rows))  # a bounded number of keys, however many rows there are
-    options = dict(tuning.config("decode_linear", x.device, rows=padded, **key))
+    options = launch_row(x, weight, bits, gated)
     tiles = triton.cdiv(width, options["ROWS"]) * triton.cdiv(num_rows, options["BLOCK_M"])
     launch(
         _decode_linear_kernel,
@@ -324,11 +321,21 @@ def _run(
         GATED=gated,
         BEST=best is not None,
         BITS=bits,
-        EVEN_K=depth > 0 and depth % options["BLOCK_K"] == 0,
         **dependent(x.device),
         **options,
     )
     return y
+
+
+def launch_row(x: Tensor, weight: Tensor, bits: int, gated: bool) -> dict[str, Any]:
+    """What the tables say of x [R, K] and such a weight, and EVEN_K: launch arguments, and PROGRAMS."""
+    height, (rows, depth) = weight.shape[0], x.shape
+    key = {"width": height // 2 if gated else height, "itemsize": x.itemsize, "bits": bits, "gated": gated}
+    key["aligned"] = _aligned(x) and _aligned(weight)
+    padded = max(8, triton.next_power_of_2(rows))  # a bounded number of keys, however many rows there are
+    options = dict(tuning.config("decode_linear", x.device, rows=padded, **key))
+    options["EVEN_K"] = depth > 0 and depth % options["BLOCK_K"] == 0
+    return options
 
 
 def _fake(x: Tensor, norm_weight: Tensor | None, eps: float, weight: Tensor, *rest: Any) -> Tensor:
