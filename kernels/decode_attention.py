@@ -75,10 +75,58 @@ def dense_decode_attention_reference(q: Tensor, k: Tensor, v: Tensor, bias: Tens
 
 
 @triton.jit
-def _seen(length, window, PAGE: tl.constexpr, HAS_WINDOW: tl.constexpr):
+def seen(length, window, PAGE: tl.constexpr, HAS_WINDOW: tl.constexpr):
     """The first key that a row's query sees, and the pages of its keys: the first, and one past the last."""
     key = tl.maximum(length - window, 0) if HAS_WINDOW else length * 0
     return key, key // PAGE, (length + PAGE - 1) // PAGE
+
+
+@triton.jit
+def attend(
+    q,  # [G, BLOCK_D]
+    k_ptr,  # [keys, D]
+    v_ptr,
+    begin,  # a multiple of BLOCK_N
+    end,
+    first,  # keys before it are not seen
+    scale,  # times log2(e): scores are exponents of two
+    largest,  # [G] float32
+    sums,  # [G, BLOCK_N] float32
+    acc,  # [G, BLOCK_D] float32
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Goes on with a running softmax over the keys from `begin` to `end`: its largest score, sums and weighted v."""
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = (o_d < D)[None, :]
+    for start in range(begin, end, BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
+        # Keys past the length or before the window are not read: a probability of 0 does not remove a NaN.
+        m_n = (o_n < end) & (o_n >= first)
+        o_kv = o_n[:, None] * D + o_d[None, :]
+        k = tl.load(k_ptr + o_kv, mask=m_n[:, None] & m_d, other=0.0)
+        v = tl.load(v_ptr + o_kv, mask=m_n[:, None] & m_d, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        scores = tl.where(m_n[None, :], scores, -float("inf"))
+        new = tl.maximum(largest, tl.max(scores, 1))
+        finite = tl.where(new == -float("inf"), 0.0, new)  # scores that overflow to -inf: -inf - -inf is NaN
+        shrink = tl.exp2(largest - finite)
+        p = tl.exp2(scores - finite[:, None])
+        sums = sums * shrink[:, None] + p
+        if v.dtype == tl.float32:  # one chain of products over all keys would err more than sums by tiles do
+            acc = tl.fma(acc, tl.broadcast_to(shrink[:, None], acc.shape), tl.dot(p, v, input_precision="ieee"))
+        else:
+            acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
+        largest = new
+    return largest, sums, acc
+
+
+@triton.jit
+def divided(acc, total):
+    """acc [..., D] over its row's sum, total [...]; 0 where no key was seen."""
+    total = tl.expand_dims(total, -1)
+    return tl.where(total == 0.0, 0.0, tl.div_rn(acc, tl.zeros_like(acc) + total))
 
 
 @triton.jit(do_not_specialize=["max_pages", "stride_table", "window"])
@@ -112,7 +160,7 @@ def _split_kernel(
     kv_head = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     length = tl.load(lengths_ptr + row)
-    first_key, first_page, end_page = _seen(length, window, PAGE, HAS_WINDOW)
+    first_key, first_page, end_page = seen(length, window, PAGE, HAS_WINDOW)
     index = first_page + split
     # What this program needs first is asked for before it knows whether it has anything to do.
     page = tl.load(table_ptr + row * stride_table + index, mask=index < max_pages, other=0).to(tl.int64)
@@ -135,31 +183,14 @@ def _split_kernel(
     largest = tl.full([BLOCK_G], -float("inf"), tl.float32)
     sums = tl.zeros([BLOCK_G, BLOCK_N], tl.float32)  # added up across columns once, at the end
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    for start in range(begin, end, BLOCK_N):
-        o_n = start + tl.arange(0, BLOCK_N)
-        # Keys past the length or before the window are not read: a probability of 0 does not remove a NaN.
-        m_n = (o_n < end) & (o_n >= first_key - base)
-        o_kv = o_n[:, None] * D + o_d[None, :]
-        k = tl.load(k_ptr + o_kv, mask=m_n[:, None] & m_d, other=0.0)
-        v = tl.load(v_ptr + o_kv, mask=m_n[:, None] & m_d, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        scores = tl.where(m_n[None, :], scores, -float("inf"))
-        new = tl.maximum(largest, tl.max(scores, 1))
-        finite = tl.where(new == -float("inf"), 0.0, new)  # scores that overflow to -inf: -inf - -inf is NaN
-        shrink = tl.exp2(largest - finite)
-        p = tl.exp2(scores - finite[:, None])
-        sums = sums * shrink[:, None] + p
-        if v.dtype == tl.float32:  # one chain of products over all keys would err more than sums by tiles do
-            acc = tl.fma(acc, tl.broadcast_to(shrink[:, None], acc.shape), tl.dot(p, v, input_precision="ieee"))
-        else:
-            acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
-        largest = new
-
+    largest, sums, acc = attend(
+        q, k_ptr, v_ptr, begin, end, first_key - base, scale, largest, sums, acc, D, BLOCK_D, BLOCK_N
+    )
     total = tl.sum(sums, 1)
     o_row = row * tl.num_programs(1) * GROUP + o_h
     if ONE_SPLIT:
         # What merging a single split gives, to the bit (a sum that begins with 0 has no -0).
-        out = tl.where((total == 0.0)[:, None], 0.0, tl.div_rn(acc + 0.0, tl.zeros_like(acc) + total[:, None]))
+        out = divided(acc + 0.0, total)
         out = tl.where((end_page > first_page + 1) | (end_page > max_pages), float("nan"), out)
         tl.store(out_ptr + o_row[:, None] * D + o_d[None, :], out.to(out_ptr.dtype.element_ty), mask=m_g & m_d)
     else:
@@ -169,6 +200,43 @@ def _split_kernel(
         tl.store(state_ptr + o_state + num_splits, total, mask=o_g < GROUP)
         o_partial = (o_row * num_splits + split)[:, None] * D + o_d[None, :]
         tl.store(partial_ptr + o_partial, acc, mask=m_g & m_d)
+
+
+@triton.jit
+def merge(
+    partial_ptr,  # [rows, splits, D] float32
+    state_ptr,  # [rows, 2, splits] float32
+    o_row,  # [G]
+    m_row,  # [G]
+    count,
+    num_splits,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    STAGES: tl.constexpr,  # steps whose loads are in flight together, or None
+):
+    """Merges the first `count` splits of some rows, in ascending order: the weighted v [G, BLOCK_D] and its sum [G]."""
+    o_d = tl.arange(0, BLOCK_D)[None, None, :]
+    largest = tl.full([G], -float("inf"), tl.float32)
+    total = tl.zeros([G], tl.float32)
+    acc = tl.zeros([G, BLOCK_D], tl.float32)
+    for start in tl.range(0, count, BLOCK_S, num_stages=STAGES):
+        o_s = start + tl.arange(0, BLOCK_S)[None, :]
+        m_s = m_row[:, None] & (o_s < count)
+        o_state = o_row[:, None] * 2 * num_splits + o_s
+        score = tl.load(state_ptr + o_state, mask=m_s, other=-float("inf"))
+        part = tl.load(state_ptr + o_state + num_splits, mask=m_s, other=0.0)
+        o_partial = (o_row[:, None] * num_splits + o_s)[:, :, None] * D + o_d
+        partial = tl.load(partial_ptr + o_partial, mask=m_s[:, :, None] & (o_d < D), other=0.0)
+        new = tl.maximum(largest, tl.max(score, 1))
+        finite = tl.where(new == -float("inf"), 0.0, new)
+        shrink = tl.exp2(largest - finite)
+        weight = tl.exp2(score - finite[:, None])
+        total = total * shrink + tl.sum(part * weight, 1)
+        acc = acc * shrink[:, None] + tl.sum(partial * weight[:, :, None], 1)
+        largest = new
+    return acc, total
 
 
 @triton.jit(do_not_specialize=["num_splits", "max_pages", "window"])
@@ -189,31 +257,17 @@ def _merge_kernel(
     row = tl.program_id(0).to(tl.int64)
     o_row = row * tl.num_programs(1) + tl.program_id(1)
     length = tl.load(lengths_ptr + row)
-    _, first_page, end_page = _seen(length, window, PAGE, HAS_WINDOW)
+    _, first_page, end_page = seen(length, window, PAGE, HAS_WINDOW)
     count = tl.minimum(end_page - first_page, num_splits)  # the splits that were written; the others are not read
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    largest = -float("inf")
-    total = 0.0
-    acc = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(0, count, BLOCK_S):
-        o_s = start + tl.arange(0, BLOCK_S)
-        m_s = o_s < count
-        score = tl.load(state_ptr + o_row * 2 * num_splits + o_s, mask=m_s, other=-float("inf"))
-        part = tl.load(state_ptr + (o_row * 2 + 1) * num_splits + o_s, mask=m_s, other=0.0)
-        o_partial = (o_row * num_splits + o_s)[:, None] * D + o_d[None, :]
-        partial = tl.load(partial_ptr + o_partial, mask=m_s[:, None] & m_d[None, :], other=0.0)
-        new = tl.maximum(largest, tl.max(score, 0))
-        finite = tl.where(new == -float("inf"), 0.0, new)
-        shrink = tl.exp2(largest - finite)
-        weight = tl.exp2(score - finite)
-        total = total * shrink + tl.sum(part * weight, 0)
-        acc = acc * shrink + tl.sum(partial * weight[:, None], 0)
-        largest = new
-    out = tl.where(total == 0.0, 0.0, tl.div_rn(acc, tl.zeros_like(acc) + total))
+    one = tl.arange(0, 1)
+    acc, total = merge(partial_ptr, state_ptr, o_row + one, one == 0, count, num_splits, 1, D, BLOCK_D, BLOCK_S, None)
+    out = divided(acc, total)
     # A row longer than the grid or the table was told of cannot be right: it must not look as if it were.
     out = tl.where((end_page - first_page > num_splits) | (end_page > max_pages), float("nan"), out)
-    tl.store(out_ptr + o_row * D + o_d, out.to(out_ptr.dtype.element_ty), mask=m_d)
+    o_out = o_row * D + o_d
+    tl.store(out_ptr + o_out[None, :], out.to(out_ptr.dtype.element_ty), mask=m_d[None, :])
 
 
 def decode_attention(
@@ -232,7 +286,7 @@ def decode_attention(
     not depend on it. A row whose visible keys lie on more pages than that becomes NaN. Raises RuntimeError where no
     kernel can run, TypeError and ValueError for what does not fit.
     """
-    _check(q, k_cache, v_cache, page_table, lengths, window)
+    check(q, k_cache, v_cache, page_table, lengths, window)
     (rows, num_heads, head_dim), (num_kv_heads, pages, page_size, _) = q.shape, k_cache.shape
     max_pages = page_table.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -245,10 +299,7 @@ def decode_attention(
     if page_table.stride(1) != 1:
         page_table = page_table.contiguous()
     lengths = lengths.contiguous()
-    splits = max_pages if longest is None else min(max_pages, triton.cdiv(longest, page_size))
-    if window is not None:
-        splits = min(splits, triton.cdiv(window - 1, page_size) + 1)  # a window of two keys may lie on two pages
-    splits = max(splits, 1)
+    splits = most_splits(max_pages, page_size, window, longest)
     group = num_heads // num_kv_heads
     key = {"head_dim": head_dim, "itemsize": q.element_size(), "group": group}
     options = dict(tuning.config("decode_attention", q.device, **key, programs=rows * num_kv_heads * splits))
@@ -307,9 +358,16 @@ def decode_attention(
     return out
 
 
-def _check(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, lengths: Tensor, window: int | None
-) -> None:
+def most_splits(max_pages: int, page_size: int, window: int | None, longest: int | None) -> int:
+    """How many pages the visible keys of a row can lie on; 1 at least."""
+    splits = max_pages if longest is None else min(max_pages, triton.cdiv(longest, page_size))
+    if window is not None:
+        splits = min(splits, triton.cdiv(window - 1, page_size) + 1)  # a window of two keys may lie on two pages
+    return max(splits, 1)
+
+
+def check(q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, lengths: Tensor, window: int | None) -> None:
+    """Raises what a caller's mistake deserves."""
     require(q, k_cache, v_cache, page_table, lengths)
     if q.ndim != 3 or k_cache.ndim != 4:
         raise ValueError(

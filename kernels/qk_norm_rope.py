@@ -157,6 +157,45 @@ def _normalise(x1, x2, w1, w2, eps, D: tl.constexpr, HAS_WEIGHT: tl.constexpr, d
 
 
 @triton.jit
+def norm_rope(
+    x1,  # a half of each head, float32
+    x2,  # the other half
+    w1,  # the weight of either, float32
+    w2,
+    cos,  # float32
+    sin,
+    factor,
+    eps,
+    D: tl.constexpr,  # elements that x1 and x2 have together
+    HAS_ROPE: tl.constexpr,
+    ROPE_ROUNDS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    NORM_FIRST: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """Both halves, normalised, rotated and multiplied by the factor, in `dtype`. What is not asked for is not read."""
+    if HAS_NORM and NORM_FIRST:
+        x1, x2 = _normalise(x1, x2, w1, w2, eps, D, HAS_WEIGHT, dtype)
+    if HAS_ROPE:
+        if ROPE_ROUNDS:
+            cos, sin = cos.to(dtype).to(tl.float32), sin.to(dtype).to(tl.float32)
+            left1, left2 = (x1 * cos).to(dtype).to(tl.float32), (x2 * cos).to(dtype).to(tl.float32)
+            right1, right2 = (x2 * sin).to(dtype).to(tl.float32), (x1 * sin).to(dtype).to(tl.float32)
+            x1, x2 = left1 - right1, left2 + right2
+        else:
+            x1, x2 = tl.fma(-sin, x2, x1 * cos), tl.fma(sin, x1, x2 * cos)
+        x1, x2 = x1.to(dtype).to(tl.float32), x2.to(dtype).to(tl.float32)
+    if HAS_NORM and not NORM_FIRST:
+        x1, x2 = _normalise(x1, x2, w1, w2, eps, D, HAS_WEIGHT, dtype)
+    if HAS_SCALE:
+        factor = factor.to(dtype).to(tl.float32)
+        x1, x2 = x1 * factor, x2 * factor
+    return x1.to(dtype), x2.to(dtype)
+
+
+@triton.jit
 def _qk_norm_rope_kernel(
     qkv_ptr,  # [T, (HQ + 2 HK) * D], rows `stride_x` apart
     table_ptr,  # float32 [context, 2, D/2]
@@ -197,6 +236,7 @@ def _qk_norm_rope_kernel(
     # All loads come first: those that follow a store, or a sum, would wait for it.
     if HAS_ROPE:
         position = tl.load(positions_ptr + token).to(tl.int64)
+    factor = 1.0
     if HAS_SCALE:
         factor = tl.load(scale_ptr + position)
     if CACHE:
@@ -206,7 +246,7 @@ def _qk_norm_rope_kernel(
     raw2 = tl.load(qkv_ptr + token * stride_x + HALF + o_x, mask=mask, other=0.0)
     dtype: tl.constexpr = raw1.dtype
     x1, x2 = raw1.to(tl.float32), raw2.to(tl.float32)
-    w1, w2 = x1, x2
+    w1, w2, cos, sin = x1, x2, x1, x2
     if HAS_WEIGHT:
         m_w = (o_h < HQ + HK) & m_d
         w1 = tl.load(weight_ptr + o_x, mask=m_w, other=0.0).to(tl.float32)
@@ -218,23 +258,12 @@ def _qk_norm_rope_kernel(
         cos = tl.load(row, mask=m_row, other=0.0)
         sin = tl.load(row + HALF, mask=m_row, other=0.0)
 
-    if HAS_NORM and NORM_FIRST:
-        x1, x2 = _normalise(x1, x2, w1, w2, eps, D, HAS_WEIGHT, dtype)
-    if HAS_ROPE:
-        if ROPE_ROUNDS:
-            cos, sin = cos.to(dtype).to(tl.float32), sin.to(dtype).to(tl.float32)
-            left1, left2 = (x1 * cos).to(dtype).to(tl.float32), (x2 * cos).to(dtype).to(tl.float32)
-            right1, right2 = (x2 * sin).to(dtype).to(tl.float32), (x1 * sin).to(dtype).to(tl.float32)
-            x1, x2 = left1 - right1, left2 + right2
-        else:
-            x1, x2 = tl.fma(-sin, x2, x1 * cos), tl.fma(sin, x1, x2 * cos)
-        x1, x2 = x1.to(dtype).to(tl.float32), x2.to(dtype).to(tl.float32)
-    if HAS_NORM and not NORM_FIRST:
-        x1, x2 = _normalise(x1, x2, w1, w2, eps, D, HAS_WEIGHT, dtype)
     if HAS_SCALE:
-        factor = tl.where(o_h < HQ, factor.to(dtype).to(tl.float32), 1.0)
-        x1, x2 = x1 * factor, x2 * factor
-    y1, y2 = x1.to(dtype), x2.to(dtype)
+        factor = tl.where(o_h < HQ, factor, 1.0)
+    y1, y2 = norm_rope(
+        x1, x2, w1, w2, cos, sin, factor, eps, D,
+        HAS_ROPE, ROPE_ROUNDS, HAS_NORM, HAS_WEIGHT, NORM_FIRST, HAS_SCALE, dtype,
+    )  # fmt: skip
 
     m_q = (o_h < HQ) & m_d
     o_q = token * (HQ * D) + o_x
@@ -306,15 +335,7 @@ def qk_norm_rope_cache(
     """
     qkv = qkv if qkv.dim() != 2 or qkv.stride(1) == 1 else qkv.contiguous()
     head_dim = check(qkv, num_heads, num_kv_heads, table, positions, rope_dtype, norm, weight, query_scale)
-    require(qkv, k_cache, v_cache, slots)
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if cache.dim() != 4 or (cache.shape[0], cache.shape[3], cache.dtype) != (num_kv_heads, head_dim, qkv.dtype):
-            wanted = f"[{num_kv_heads}, pages, page size, {head_dim}] {qkv.dtype}"
-            raise ValueError(f"{name} must be {wanted}, got {list(cache.shape)} {cache.dtype}")
-        if cache.numel() and not cache[0].is_contiguous():
-            raise ValueError(f"{name}: the pages of one head must be contiguous, got strides {list(cache.stride())}")
-    if slots.dtype != torch.int64 or slots.shape != qkv.shape[:1] or not slots.is_contiguous():
-        raise ValueError(f"slots must be contiguous int64 [{qkv.shape[0]}], got {list(slots.shape)} {slots.dtype}")
+    check_cache(qkv, num_kv_heads, head_dim, k_cache, v_cache, slots)
     q = qkv.new_empty(qkv.shape[0], num_heads, head_dim)
     _run(qkv, q, k_cache, v_cache, slots, table, positions, rope_dtype, norm, weight, eps, norm_first, query_scale)
     return q
@@ -366,6 +387,19 @@ def check(
             wanted = f"{list(shape)} {qkv.dtype} like qkv"
             raise ValueError(f"weight must be {wanted}, got {list(weight.shape)} {weight.dtype}")
     return head_dim
+
+
+def check_cache(qkv: Tensor, num_kv_heads: int, head_dim: int, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """Raises what a caller's mistake deserves in the tensors that say where k and v go."""
+    require(qkv, k_cache, v_cache, slots)
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache.dim() != 4 or (cache.shape[0], cache.shape[3], cache.dtype) != (num_kv_heads, head_dim, qkv.dtype):
+            wanted = f"[{num_kv_heads}, pages, page size, {head_dim}] {qkv.dtype}"
+            raise ValueError(f"{name} must be {wanted}, got {list(cache.shape)} {cache.dtype}")
+        if cache.numel() and not cache[0].is_contiguous():
+            raise ValueError(f"{name}: the pages of one head must be contiguous, got strides {list(cache.stride())}")
+    if slots.dtype != torch.int64 or slots.shape != qkv.shape[:1] or not slots.is_contiguous():
+        raise ValueError(f"slots must be contiguous int64 [{qkv.shape[0]}], got {list(slots.shape)} {slots.dtype}")
 
 
 def _run(
@@ -436,12 +470,12 @@ def _cache_definition(*args: Any) -> Tensor:
     return qk_norm_rope_cache_reference(*args).clone(memory_format=torch.contiguous_format)
 
 
-def _fake_q(qkv: Tensor, num_heads: int, num_kv_heads: int, *_: Any) -> Tensor:
+def fake_q(qkv: Tensor, num_heads: int, num_kv_heads: int, *_: Any) -> Tensor:
     return qkv.new_empty(qkv.shape[0], num_heads, qkv.shape[1] // (num_heads + 2 * num_kv_heads))
 
 
 def _fake_qk(qkv: Tensor, num_heads: int, num_kv_heads: int, *_: Any) -> tuple[Tensor, Tensor]:
-    q = _fake_q(qkv, num_heads, num_kv_heads)
+    q = fake_q(qkv, num_heads, num_kv_heads)
     return q, q.new_empty(q.shape[0], num_kv_heads, q.shape[2])
 
 
@@ -461,5 +495,5 @@ register(
     f"qk_norm_rope_cache({ARGUMENTS}, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) -> Tensor",
     qk_norm_rope_cache,
     _cache_definition,
-    _fake_q,
+    fake_q,
 )
