@@ -2,7 +2,7 @@
 
 A step reads every weight once (of a mixture, the experts that its rows choose), the keys and values of every row, and
 writes the logits. Vectors, the rows of the embedding and what passes from phase to phase are as nothing beside that.
-Its phases are launches of one captured graph, or the parts of one persistent launch with a barrier after each.
+Its phases are launches of one captured graph, or the parts of one persistent launch with a barrier between any two.
 """
 
 import math
@@ -11,15 +11,16 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from tritium.runtime.kv_cache import PAGE_SIZE
+from tritium.runtime.quantisation import HEAD_BITS, SCHEMES
 from tritium.runtime.spec import ModelSpec
 
 Form = Literal["fused", "persistent"]
 
 DENSE = 5  # phases: norm + QKV, attention, projection, norm + gate-up, down
 MIXTURE = 3 + 1 + 1 + 7  # the first three, norm, router, and what kernels/ has for the rest
-AROUND = 4  # embedding, norm + head, sampling, and the advance to the next step
+WITHIN = 2  # beside the layers: embedding, norm + head
+BEHIND = 2  # sampling, and the advance to the next step: launches in any form
 BLOCK = 64  # along K, with 4 bits: one scale each
-BITS = {None: 16, "int8": 8, "int4": 4}
 
 PARTS = ("weights", "cache", "logits", "products", "launches", "barriers")
 MEMORY = PARTS[:3]
@@ -53,11 +54,10 @@ def decode_step(
 ) -> Step:
     """The least work of a step of `rows` rows that see `keys` keys each, their new one included.
 
-    `item` is bytes an element of weights, cache and logits. `quantise` is `int8` or `int4`: the layers' projections and
-    the head then have that many bits, the head never fewer than 8. A layer that runs several times in succession is
-    read once.
+    `item` is bytes an element of weights, cache and logits. `quantise` is a scheme of runtime/quantisation.py. A
+    layer that runs several times in succession is read once.
     """
-    bits = BITS[quantise]
+    bits, head_bits = (16, 16) if quantise is None else (SCHEMES[quantise], HEAD_BITS)
     hidden = spec.embedding_dim
     attention = ((spec.query_dim + 2 * spec.kv_dim, hidden), (hidden, spec.query_dim))
     dense = ((2 if spec.mlp == "gated" else 1) * spec.hidden_dim, hidden), (hidden, spec.hidden_dim)
@@ -76,14 +76,14 @@ def decode_step(
         seen += (keys if window is None else min(keys, window)) * spec.layer_repeat
         phases += (MIXTURE if has_experts else DENSE) * spec.layer_repeat
     head = spec.vocab_size, hidden
-    weights += matrix_bytes(*head, item, max(bits, 8))
-    phases += AROUND
+    weights += matrix_bytes(*head, item, head_bits)
+    phases += WITHIN
     return Step(
         weights=round(weights),
         cache=round(2 * seen * spec.kv_dim * item * rows),
         logits=rows * spec.vocab_size * item,
         flop=round(2 * rows * (multiplied + math.prod(head) + 2 * seen * spec.query_dim)),
-        launches=int(phases) if form == "fused" else 1,
+        launches=BEHIND + (int(phases) if form == "fused" else 1),
         barriers=0 if form == "fused" else int(phases) - 1,
     )
 

@@ -47,7 +47,7 @@ def load(
     directory = resolve_checkpoint(str(name), variant, progress)
     device = pick_device(device)
     spec = read_spec(directory, overrides)
-    dtype = _pick_dtype(dtype, spec, device)
+    dtype = pick_dtype(dtype, spec, device)
     with torch.device("meta"):
         model = Decoder(spec, backend).to(dtype)
     load_weights(model, directory, progress, device, quantise)
@@ -105,7 +105,7 @@ def load_model(
         raise TritiumError(f"model_type {model_type!r} does not fit a spec of the family {config.family!r}")
     device = pick_device(device)
     with torch.device("meta"):
-        model = Decoder(config, backend).to(_pick_dtype(dtype, config, device))
+        model = Decoder(config, backend).to(pick_dtype(dtype, config, device))
     if quantise is None:
         allocate(model, device)
         return model.initialise(seed=seed).eval()
@@ -132,7 +132,8 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def _pick_dtype(dtype: str | torch.dtype, spec: ModelSpec, device: torch.device) -> torch.dtype:
+def pick_dtype(dtype: str | torch.dtype, spec: ModelSpec, device: torch.device) -> torch.dtype:
+    """What `load` and `load_model` make of a dtype. Raises TritiumError for an unknown one."""
     if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
         return dtype
     if dtype == "checkpoint":
