@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from . import decode, loading
+from . import decode, loading, quantised
 
-ALONE = {"decode": decode, "loading": loading}
+ALONE = {"decode": decode, "loading": loading, "quantised": quantised}
 
 
 def summary(found: dict[str, Any]) -> str:
     """Such a file as a table, by what its rows have."""
-    return (loading if "load_seconds" in found["results"][0] else decode).summary(found)
+    row = found["results"][0]
+    return (loading if "load_seconds" in row else quantised if "divergence" in row else decode).summary(found)

@@ -34,7 +34,7 @@ DOCS = ROOT / "docs"
 PAGES = [
     "README.md",
     *(f"architecture/{name}.md" for name in ("attention", "ffn", "kernels", "numerics", "positional-encoding")),
-    "architecture/weight-mapping.md",
+    *(f"architecture/{name}.md" for name in ("quantisation", "weight-mapping")),
     *(f"development/{name}.md" for name in ("adding-models", "benchmarking", "configuration", "fine-tuning", "guide")),
     *(f"development/{name}.md" for name in ("model-registry", "parallel", "testing", "training", "tuning")),
     *(f"models/{name}.md" for name in ("GPT", "MobileLLM", "Qwen1", "Qwen3", "template")),

@@ -36,6 +36,16 @@ def test_stated_figures_are_the_bundled_models() -> None:
         assert f"{stated[name]:.3f}" in README
 
 
+def test_stated_costs_of_quantisation_are_the_results_file() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/cpu-quantised.json").read_text())["results"]
+    text = " ".join(README.split())
+    int8, int4 = (f"{row['bits_per_byte']:.4f}" for row in rows)
+    dense = f"{rows[0]['dense_bits_per_byte']:.4f}"
+    assert f"costs {int8} bits per byte in 8 bits and {int4} in 4, instead of {dense};" in text
+    int8, int4 = (f"{row['divergence']:.2e}" for row in rows)
+    assert f"are {int8} and {int4} nats a token from what they were" in text
+
+
 def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     example = re.search(r"```python\n(.*?)```", README, re.DOTALL)
     assert example

@@ -9,12 +9,14 @@ Writes results.json into the checkpoint's folder; without one, the bundled model
 import argparse
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ....runtime.decoder import Decoder
 from ....runtime.loading import load
@@ -38,19 +40,23 @@ def encode(tokenizer: Tokenizer, text: bytes) -> Ids:
 
 
 @torch.no_grad()
-def nats(model: Decoder, ids: Ids, window: int) -> float:
-    """Nats that a text costs behind the end of text, id 0. Each token is predicted with at least window / 2 tokens of
-    context once there are so many: windows overlap by half."""
+def predictions(model: Decoder, ids: Ids, window: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(float32 logits [T, V] for tokens, those tokens [T]) of a text behind the end of text, id 0, in its order. Each
+    token is predicted with at least window / 2 tokens of context once there are so many: windows overlap by half."""
     tokens = torch.from_numpy(np.concatenate([[0], ids]))
-    total, scored = 0.0, 0
+    scored = 0
     for begin in range(0, len(ids), window // 2):
         end = min(begin + window, len(ids))
-        logits = model(tokens[None, begin:end]).logits[0, scored - begin :].float()
-        total += F.cross_entropy(logits, tokens[scored + 1 : end + 1], reduction="sum").item()
+        yield model(tokens[None, begin:end]).logits[0, scored - begin :].float(), tokens[scored + 1 : end + 1]
         scored = end
         if end == len(ids):
             break
-    return total
+
+
+def nats(model: Decoder, ids: Ids, window: int) -> float:
+    """Nats that a text costs."""
+    costs = (F.cross_entropy(*each, reduction="sum").item() for each in predictions(model, ids, window))
+    return sum(costs)
 
 
 def bits_per_byte(model: Decoder, tokenizer: Tokenizer, text: bytes, window: int = WINDOW) -> float:
