@@ -39,7 +39,6 @@ CASES = [
     *(
         Case(f"{form} {rows}x{width}x{depth} bfloat16", call(form, rows, width, depth), wide=True, dependent=True)
         for form, rows, width, depth in (
-            ("plain", 1, 4096, 1024),
             ("plain", 1, 6144, 4096),
             ("residual", 1, 1024, 3072),
             ("swiglu", 1, 3072, 1024),

@@ -35,7 +35,7 @@ FORMS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "head": (norm_head, norm_head_reference),
 }
 # Rows, width, depth: one off every block, depths of less and more than a step, with tails of each kind.
-SHAPES = [(1, 16, 64), (3, 17, 600), (9, 15, 1100), (17, 33, 72), (2, 20, 1024)]
+SHAPES = [(1, 16, 64), (3, 17, 600), (9, 15, 1100), (17, 17, 72), (2, 5, 1024)]
 FULL = [(rows, width, depth) for rows in (1, 8, 16, 40) for width, depth in ((1024, 3072), (6144, 4096), (4097, 4100))]
 
 
@@ -85,8 +85,9 @@ def test_rule(shape: tuple[int, ...], form: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("form", FORMS)
 def test_rule_of_quantised_weights(form: str, bits: int, dtype: torch.dtype) -> None:
-    check(form, 3, 17, 600, dtype=dtype, bits=bits)
-    check(form, 1, 16, 1088, dtype=dtype, bits=bits, biased=False)
+    check(form, 3, 15, 600, dtype=dtype, bits=bits)
+    if form == "swiglu":
+        check(form, 1, 17, 1088, dtype=dtype, bits=bits, biased=False)
 
 
 @needs_gpu
@@ -124,11 +125,10 @@ def test_where_it_rounds(dtype: torch.dtype) -> None:
     torch.testing.assert_close(got, normed, rtol=2 * torch.finfo(dtype).eps, atol=0)
 
 
-@pytest.mark.parametrize("bits", KINDS)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "bits"), [*((form, None) for form in FORMS), ("plain", 8), ("plain", 4)])
 def test_batch_invariance(form: str, bits: int | None) -> None:
     """A row's bits: alone, among 2, 16, 17 and 40 (other tiles), at another place, beside NaN."""
-    args = inputs(form, 40, 20, 600, torch.bfloat16, bits)
+    args = inputs(form, 40, 9, 600, torch.bfloat16, bits)
     whole = by_row(form, args, slice(None))
     assert not whole.isnan().any()
     for rows in (1, 2, 16, 17):
@@ -155,15 +155,14 @@ def test_batch_invariance_in_full(width: int, depth: int, form: str, bits: int |
             assert same_bits(by_row(form, args, slice(rows)), whole[:rows])
 
 
-@pytest.mark.parametrize("bits", KINDS)
-def test_every_row_of_the_tables_gives_the_same_bits(bits: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_row_of_the_tables_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that own a part of their rows, wide blocks of rows, fewer programs than tiles."""
-    args = inputs("swiglu", 18, 40, 600, torch.bfloat16, bits)
+    args = inputs("swiglu", 9, 17, 72, torch.bfloat16)
     expected = by_row("swiglu", args, slice(None))
     tables = tuning.load(tuning.architecture(torch.device(DEVICE)))["decode_linear"]
     order = next(row["use"] for row in tables["order"] if tuning.holds(row.get("when", {}).get("itemsize", 2), 2))
     seen = set()
-    for row in tables["schedule"]:
+    for row in [*tables["schedule"], {"use": {**tables["schedule"][-1]["use"], "ROWS": 24, "BLOCK_N": 32}}]:
         variant = {**order, **row["use"]}
         for programs in (65536, 2):
             key = (variant["ROWS"], variant["BLOCK_N"], variant["BLOCK_M"], programs)
@@ -193,7 +192,7 @@ def test_tables_keep_the_order_of_summation(arch: str) -> None:
         assert use["BLOCK_K"] == 64 * use["SLICES"]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_best_is_what_sampling_begins_with(dtype: torch.dtype) -> None:
     """As a column of sampling's scratch: ties, a limit, NaN, and rows of nothing but -inf."""
     x = torch.eye(4, 64, dtype=dtype, device=DEVICE)
@@ -224,11 +223,11 @@ def test_the_best_is_what_sampling_begins_with(dtype: torch.dtype) -> None:
     assert torch.equal(0x7FFFFFFF - (best & 0x7FFFFFFF), logits.argmax(1))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_outputs_that_are_given(dtype: torch.dtype) -> None:
+def test_outputs_that_are_given() -> None:
     """Whole, and nothing beside them; the stream in place."""
+    dtype = torch.bfloat16
     for form in FORMS:
-        args = inputs(form, 9, 20, 600, dtype)
+        args = inputs(form, 9, 20, 72, dtype)
         before = [value.clone() if isinstance(value, Tensor) else value for value in args]
         expected = by_row(form, args, slice(None))
         room = torch.full((11, 20), 7.0, dtype=dtype, device=DEVICE)
@@ -238,7 +237,7 @@ def test_outputs_that_are_given(dtype: torch.dtype) -> None:
         assert (room[[0, 10]] == 7.0).all()
         kept = zip(args, before, strict=True)
         assert all(same_bits(a, b) for a, b in kept if isinstance(a, Tensor))
-    args = inputs("residual", 9, 20, 600, dtype)
+    args = inputs("residual", 9, 20, 72, dtype)
     expected = by_row("residual", args, slice(None))
     stream = args[3]
     assert decode_linear_residual(*args, out=stream).data_ptr() == stream.data_ptr()
@@ -246,7 +245,7 @@ def test_outputs_that_are_given(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("bits", KINDS)
-@pytest.mark.parametrize(("rows", "depth"), [(3, 72), (17, 73), (2, 576)])
+@pytest.mark.parametrize(("rows", "depth"), [(3, 73), (2, 576)])
 def test_nothing_leaks_from_beyond_the_edges(rows: int, depth: int, bits: int | None) -> None:
     """Views into storage that is NaN, or the largest number, all around them."""
     dtype = torch.bfloat16
@@ -259,13 +258,13 @@ def test_nothing_leaks_from_beyond_the_edges(rows: int, depth: int, bits: int | 
         view.copy_(tensor)
         return view
 
-    x, gain, _, weight, bias, scale = inputs("swiglu", rows, 20, depth, dtype, bits)
+    x, gain, _, weight, bias, scale = inputs("swiglu", rows, 9, depth, dtype, bits)
     long = torch.cat((gain, torch.full((1024,), NAN, dtype=dtype, device=DEVICE)))[:depth]
     got = norm_linear_swiglu(framed(x), long, EPS, framed(weight), bias, scale)
     expected = norm_linear_swiglu(x, gain, EPS, weight, bias, scale)
     assert not expected.isnan().any()
     assert torch.equal(got, expected)
-    args = inputs("residual", rows, 20, depth, dtype, bits)
+    args = inputs("residual", rows, 9, depth, dtype, bits)
     got = decode_linear_residual(framed(args[0]), framed(args[1]), args[2], framed(args[3]), args[4])
     assert torch.equal(got, decode_linear_residual(*args))
 
