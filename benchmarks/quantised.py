@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from tritium.models.mobilellm.shakespeare import evaluate
+from tritium.models.mobilellm.shakespeare.kneser_ney import Ids
 from tritium.runtime.decoder import Decoder
 from tritium.runtime.loading import BUNDLED, load, pick_device
 from tritium.runtime.quantisation import SCHEMES
@@ -21,7 +22,7 @@ from .harness import environment, table, write
 BYTES: int | None = None  # of the held-out text, from its beginning: all
 
 
-def compared(dense: Decoder, model: Decoder, ids: evaluate.Ids, window: int = evaluate.WINDOW) -> dict[str, float]:
+def compared(dense: Decoder, model: Decoder, ids: Ids, window: int = evaluate.WINDOW) -> dict[str, float]:
     """Over the tokens of a text: mean KL and its largest value, nats of both models, how often they like the same token
     best.
     """

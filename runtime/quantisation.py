@@ -97,12 +97,14 @@ class Quantiser:
         linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         for name, linear in linears:
             bits = HEAD_BITS if linear is model.head else SCHEMES[scheme]
-            module = QuantisedLinear(*linear.weight.shape, linear.bias is not None, bits, linear.weight.dtype)
+            rows, width = linear.weight.shape
+            module = QuantisedLinear(rows, width, linear.bias is not None, bits, linear.weight.dtype)
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, module)
             self.modules[f"{name}.weight"] = module
         if model.head is None:  # tied: a copy of the embedding, which stays as it is
-            model.head = QuantisedLinear(*model.embedding.weight.shape, False, HEAD_BITS, model.dtype)
+            rows, width = model.embedding.weight.shape
+            model.head = QuantisedLinear(rows, width, False, HEAD_BITS, model.dtype)
         model.quantisation = scheme
         model.requires_grad_(False)
 
