@@ -237,7 +237,7 @@ def test_outputs_that_are_given() -> None:
         assert (room[[0, 10]] == 7.0).all()
         kept = zip(args, before, strict=True)
         assert all(same_bits(a, b) for a, b in kept if isinstance(a, Tensor))
-    args = inputs("residual", 3, 20, 72, dtype)  # blocks that own a part of their rows: none is added to twice
+    args = inputs("residual", 3, 20, 80, dtype)  # blocks that own a part of their rows: none is added to twice
     expected = by_row("residual", args, slice(None))
     stream = args[3]
     assert decode_linear_residual(*args, out=stream).data_ptr() == stream.data_ptr()
