@@ -235,7 +235,7 @@ def run(
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. 0, or 2 for a mistake in what was asked for."""
     parser = Parser(prog="tritium tune", description=__doc__)
-    known = list(sweep())
+    known = [name for name in sweep() if name != "decode_form"]  # which is no kernel's
     parser.add_argument("--kernel", action="append", metavar="NAME", help=f"of {', '.join(known)}; all where absent")
     parser.add_argument("--minutes", type=float, default=30, metavar="N", help="stop after so long (30)")
     parser.add_argument("--order", action="store_true", help="vary what fixes the order of summation, too: bits change")

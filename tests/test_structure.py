@@ -12,7 +12,9 @@ from tritium.runtime.operations import Operations
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kernels", "runtime", "models", "benchmarks", "tests", "tritium")
-SUPPORT = ("__init__.py", "launch.py", "linear_phase.py", "overlap.py")  # not operations: what launchers stand on
+SUPPORT = (  # not operations: what launchers stand on
+    "__init__.py", "launch.py", "linear_phase.py", "overlap.py", "step_kernel.py", "step_tables.py",
+)  # fmt: skip
 COMPOSED = ("linear_cross_entropy.py",)  # of others' kernels: it has no kernel or table of its own
 LAUNCHERS = {  # of a file that is not named like its own
     "sampling.py": {"sample"},
