@@ -80,6 +80,7 @@ def test_what_is_on_the_grid_comes_back(bits: int) -> None:
     weight = levels * torch.tensor([0.5, 2.0, 1.0, 1.0, 0.25, 3.0])[:, None]
     assert same_bits(dequantise_reference(*quantise(weight, bits)).abs(), weight.abs())
     assert torch.equal(dequantise_reference(*quantise(weight, bits)), weight)
+    assert (quantise(weight, bits).values[2] == (0 if bits == 8 else 0x88)).all()  # not what NaN is cast to
 
 
 @pytest.mark.parametrize("bits", [8, 4])
