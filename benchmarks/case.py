@@ -77,7 +77,7 @@ class Case:
     memory: bool = False  # what a call of each contender allocates at most is measured, too
     host: bool = False  # the call waits for the device: it is timed by the host's clock and never captured
     obstacle: Callable[[torch.device], str | None] | None = None  # why it cannot be tried on a device, as for memory
-    step: Step | None = None  # a decode step's work: its floor is given in parts, launches among them
+    step: Callable[..., Step] | None = None  # of the inputs: a decode step's work, whose floor is then given in parts
 
     @property
     def moved(self) -> int:

@@ -179,7 +179,7 @@ def footprint(
     pages = -(-capacity // PAGE_SIZE) * rows
     cache = pages * PAGE_SIZE * 2 * spec.kv_dim * spec.num_cache_slots * item
     embedding = spec.vocab_size * spec.embedding_dim
-    if quantise is None:
+    if quantise is None or not parameters:
         return parameters * item + cache
     rest = parameters if spec.tie_embeddings else parameters - embedding
     return embedding * item + matrix_bytes(rest // spec.embedding_dim, spec.embedding_dim, item, 8) + cache

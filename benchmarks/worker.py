@@ -27,6 +27,9 @@ from .shapes import ITEM
 WHOLE = ("models", "experts", "training")
 """Benchmarks of more than one kernel: files beside this one."""
 
+ELSEWHERE = {"decode_form": "cells"}
+"""Tables of no kernel: the file beside this one that has the cases which take their rows."""
+
 BROKEN = ("CUDA error", "HIP error", "illegal memory", "device-side assert", "unspecified launch failure")
 
 
@@ -51,7 +54,8 @@ def find(operation: str, smoke: bool) -> dict[str, Case]:
     file = operation
     if not (Path(__file__).parent / "kernels" / f"{operation}.py").is_file():
         file = operation.removesuffix("_backward")
-    module = import_module(f".{file}" if file in WHOLE else f".kernels.{file}", __package__)
+    file = ELSEWHERE.get(file, file)
+    module = import_module(f".{file}" if file in (*WHOLE, *ELSEWHERE.values()) else f".kernels.{file}", __package__)
     return {case.name: case for case in (module.SMOKE if smoke else module.CASES)}
 
 
@@ -118,7 +122,8 @@ class Bench:
         peaks = self._peaks(contenders) if case.memory and self.device.type == "cuda" else {}
         seconds = {name: entry["p50"] / case.units for name, entry in timed.items()}
         bound, ceiling = floor(reads, writes, case.flop, ceilings)
-        gap = Gap(seconds[OURS], floor_parts(case.step.scaled(factor), ceilings)) if case.step else None
+        step = case.step(*inputs[0]).scaled(factor) if case.step else None
+        gap = Gap(seconds[OURS], floor_parts(step, ceilings)) if step else None
         work = case.flop if ceiling == "matmul" else reads + writes
         best = min((name for name in seconds if name in case.peers), key=seconds.__getitem__, default=None)
         return {
