@@ -16,13 +16,12 @@ import torch
 from .launch import INTERPRETED, tl, triton
 from .tuning import architecture
 
-if INTERPRETED:  # the interpreter runs no instruction of a GPU's own: none of these is reached there
-    gdc_launch_dependents = gdc_wait = None
-else:
-    try:
-        from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-    except ImportError:  # no Triton here
-        gdc_launch_dependents = gdc_wait = None
+try:
+    from triton.language.extra import cuda as _cuda
+except ImportError:  # no Triton here
+    _cuda = None
+gdc_launch_dependents: Any = getattr(_cuda, "gdc_launch_dependents", None)
+gdc_wait: Any = getattr(_cuda, "gdc_wait", None)
 
 NONE = tl.constexpr(0)
 DEPENDENT = tl.constexpr(1)

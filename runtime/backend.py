@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from ..kernels.decode_attention import WIDEST_GROUP, WIDEST_HEAD
 from ..kernels.launch import DTYPES, INTERPRETED, obstacle
 from ..kernels.routing import MOST_EXPERTS
 from .errors import TritiumError, nearest
+from .fused import fuse
 from .kernel_set import REFERENCE, KernelSet
 from .operations import DIFFERENTIABLE, KERNELS
 from .spec import ModelSpec
@@ -21,8 +22,12 @@ NAMES = ("auto", "triton", "torch")
 
 @functools.cache
 def triton_kernels(modes: Modes) -> KernelSet:
-    """The phases over the Triton kernels."""
-    return compose("triton", KERNELS, modes)
+    """The phases over the Triton kernels, and those of a decode step.
+
+    As the trainer, a token decoded goes through the kernels of a prefill: there is no other set for it.
+    """
+    plain = compose("triton", KERNELS, modes)
+    return plain if modes.sampler_equals_trainer else replace(plain, decode=fuse(plain, KERNELS))
 
 
 @functools.cache

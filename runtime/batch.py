@@ -43,7 +43,7 @@ class Batch:
     rows: Sequence[int] = ()  # the cache's rows that this batch's rows are, where there is a cache
     slots: Tensor | None = None  # [T] int64, where each token's key and value go in the cache
     is_fresh: bool = True  # no row has earlier keys
-    is_decode: bool = False  # every row brings exactly one token
+    is_decode: bool = False  # every row brings exactly one token, and has its prompt behind it
     prompts: Sequence[int] = ()  # [rows], tokens of each row's prompt: what some scaling rules go by
     _angles: dict[RotaryEmbedding, Angles] = field(default_factory=dict)
     _rope: dict[tuple[RotaryEmbedding, torch.dtype], Rope] = field(default_factory=dict)
@@ -84,6 +84,8 @@ class Batch:
         slots = cache.slots(rows, counts)
         cache.begin(rows, counts if prompts is None else prompts)
         before = [cache.lengths[row] for row in rows]
+        # The last piece of a prompt is a prefill, be it one token: its bits are those of the whole prompt's.
+        prompted = [held >= cache.prompts[row] for row, held in zip(rows, before, strict=True)]
         positions = [at for start, count in zip(before, counts, strict=True) for at in range(start, start + count)]
         return cls(
             starts=[0, *accumulate(counts)],
@@ -93,7 +95,7 @@ class Batch:
             rows=list(rows),
             slots=slots,
             is_fresh=not any(before),
-            is_decode=all(count == 1 for count in counts),
+            is_decode=all(prompted) and max(counts) == 1,
             prompts=[cache.prompts[row] for row in rows],
         )
 

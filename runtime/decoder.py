@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..kernels.cross_entropy import IGNORE_INDEX
 from .backend import Backend, shape_obstacle
 from .batch import Batch, Padding
+from .decoding import Sessions
 from .errors import TritiumError
 from .generation import SamplingOptions, generate_padded
 from .kernel_set import REFERENCE, KernelSet, Loss, normalise
@@ -50,6 +51,12 @@ class Decoder(nn.Module):
         # Other ones only where processes share the layers: see parallel/tensor.py.
         self.local_config = self.config
         self.exchange: Exchange | None = None
+        self.sessions = Sessions()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Decoder":
+        self.sessions.clear()  # it holds a cache where the model was
+        found: Decoder = super()._apply(fn, recurse)
+        return found
 
     @property
     def device(self) -> torch.device:
@@ -146,6 +153,7 @@ class Decoder(nn.Module):
         loss = logits = None
         if return_logits:
             hidden, logits = kernels.norm_head(x, norm, self._bind_head())
+            assert hidden is not None  # only the kernels of a decode step leave it out
             loss = None if follow is None else kernels.cross_entropy(logits, follow)
             logits = padding.unpack(logits)
         elif follow is None:
@@ -190,8 +198,10 @@ class Decoder(nn.Module):
             return self.stack.dense(self.head)
         return Dense(self.stack.cast(self.embedding.weight), None)
 
-    def _embed(self, tokens: Tensor, weight: Tensor, batch: Batch, positions: Tensor | None) -> Tensor:
-        x = nn.functional.embedding(tokens, weight)
+    def _embed(
+        self, tokens: Tensor, weight: Tensor, batch: Batch, positions: Tensor | None, out: Tensor | None = None
+    ) -> Tensor:
+        x = nn.functional.embedding(tokens, weight) if out is None else torch.index_select(weight, 0, tokens, out=out)
         if positions is not None:
             x = x + nn.functional.embedding(batch.positions, positions)
         return self.stack.cast(x)
@@ -201,18 +211,36 @@ class Decoder(nn.Module):
         layers, norm = self.stack.bind()
         return Plan(self.embedding.weight, self._positions(), layers, norm, self._bind_head())
 
-    def run(self, plan: Plan, tokens: Tensor, batch: Batch, last_only: bool = False) -> tuple[Tensor, Tensor]:
+    def run(self, plan: Plan, tokens: Tensor, batch: Batch, last_only: bool = False) -> tuple[Tensor | None, Tensor]:
         """Packed tokens [T] -> (hidden after the final norm, logits), for all of them or each row's last.
 
-        With a cache in the batch, the new keys and values are in it afterwards and its lengths are advanced.
+        With a cache in the batch, the new keys and values are in it afterwards and its lengths are advanced. A decode
+        step whose norm and head are one kernel has no hidden states to give: None.
         """
         kernels = self.kernels
-        x = self._embed(tokens, plan.embedding, batch, plan.positions)
+        if batch.is_decode and kernels.decode is not None:
+            kernels = kernels.decode
+        found = self.compute(plan, tokens, batch, kernels, last_only)
+        if batch.cache is not None:
+            batch.cache.advance(batch.rows, [end - start for start, end in pairwise(batch.starts)])
+        return found
+
+    def compute(
+        self,
+        plan: Plan,
+        tokens: Tensor,
+        batch: Batch,
+        kernels: KernelSet,
+        last_only: bool = False,
+        stream: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor]:
+        """`run` by these kernels, the cache's lengths left as they are; what is embedded goes into `stream`."""
+        if kernels.step is not None:
+            return None, kernels.step(plan, tokens, batch)
+        x = self._embed(tokens, plan.embedding, batch, plan.positions, stream)
         x = self.stack.run(x, plan.layers, batch, kernels)
         if last_only and not batch.is_decode:
             x = x[[end - 1 for end in batch.starts[1:]]]
-        if batch.cache is not None:
-            batch.cache.advance(batch.rows, [end - start for start, end in pairwise(batch.starts)])
         return kernels.norm_head(x, plan.norm, plan.head)
 
     def generate(

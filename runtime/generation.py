@@ -12,6 +12,9 @@ from ..kernels.sampling import philox_uniform_reference
 from .batch import Batch, Padding
 from .errors import TritiumError
 from .kv_cache import KVCache
+from .plan import Plan
+
+AT_ONCE = 8192  # tokens of prompts in one forward: more would only take memory
 
 if TYPE_CHECKING:
     from .decoder import Decoder
@@ -74,41 +77,106 @@ def _steps(
 ) -> Iterator[list[int | None]]:
     if not prompts or options.max_new_tokens == 0:
         return
-    rows = list(range(len(prompts)))
-    counts = [len(prompt) for prompt in prompts]
-    uniforms = _uniforms(options, len(rows), model)
     stops = frozenset(eos_ids)
-    done = [False] * len(rows)
-    with torch.inference_mode():
-        cache = KVCache(
-            model.local_config, len(rows), max(counts) + options.max_new_tokens, dtype=model.dtype, device=model.device
-        )
-        plan = model.bind()
-        tokens = torch.tensor([token for prompt in prompts for token in prompt], device=model.device)
-    for step in range(options.max_new_tokens):
-        with torch.inference_mode():  # not around the yield: whoever takes the token must not be in it
-            # Prompt, then the first decode step; from then on the batch moves on where it lies, on the device.
-            if step == 0:
-                batch = Batch.appended(cache, rows, counts)
-            else:
-                batch = Batch.appended(cache, rows, [1] * len(rows)) if step == 1 else batch.step()
-            _, logits = model.run(plan, tokens, batch, last_only=True)
-            if vocabulary is not None and vocabulary < logits.shape[1]:
-                # Not a narrower view: the rows' length, and with it the kernels' wide loads, stays a round number.
-                logits[:, vocabulary:] = float("-inf")
-            uniform = None if uniforms is None else uniforms[:, step]
-            tokens = model.kernels.sample(logits, options.temperature, options.top_k, options.top_p, uniform)
-        new: list[int | None] = tokens.tolist()  # the only look that the host takes in a step
+    done = [False] * len(prompts)
+    follow = _on_the_host if model.kernels.name == "torch" or model.exchange is not None else _on_the_device
+    for tokens in follow(model, prompts, options, eos_ids, vocabulary):
+        new: list[int | None] = [None if ended else token for token, ended in zip(tokens, done, strict=True)]
         if -1 in new:
             raise TritiumError(f"the logits are not numbers: the weights are broken, or overflow {model.dtype}")
-        for row, token in enumerate(new):
-            if done[row]:
-                new[row] = None
-            elif token in stops:
-                done[row] = True
+        done = [ended or token in stops for token, ended in zip(new, done, strict=True)]
         yield new
         if all(done):
             return
+
+
+def _on_the_device(
+    model: "Decoder",
+    prompts: Sequence[Sequence[int]],
+    options: SamplingOptions,
+    eos_ids: Sequence[int],
+    vocabulary: int | None,
+) -> Iterator[list[int]]:
+    """The tokens of each step, decoded without the host: see decoding.py."""
+    counts = [len(prompt) for prompt in prompts]
+    with torch.inference_mode():  # not around a yield: whoever takes the token must not be in it
+        plan = model.bind()
+        capacity = max(counts) + options.max_new_tokens
+        decoding = model.sessions.take(model, plan, len(prompts), capacity, options, eos_ids, vocabulary)
+        uniforms = _uniforms(options, len(prompts), model)
+        tokens = _sampled(model, prefill(model, plan, prompts, decoding.cache), options, vocabulary, uniforms, 0)
+        decoding.begin(counts, uniforms)
+    try:
+        for step in decoding.run(tokens, options.max_new_tokens):
+            yield step[: len(prompts)]
+    finally:
+        model.sessions.give_back(decoding)
+
+
+def _on_the_host(
+    model: "Decoder",
+    prompts: Sequence[Sequence[int]],
+    options: SamplingOptions,
+    eos_ids: Sequence[int],
+    vocabulary: int | None,
+) -> Iterator[list[int]]:
+    """The same where steps are PyTorch's, or processes must meet in each."""
+    rows, counts = list(range(len(prompts))), [len(prompt) for prompt in prompts]
+    with torch.inference_mode():
+        plan, capacity = model.bind(), max(counts) + options.max_new_tokens
+        cache = KVCache(model.local_config, len(rows), capacity, dtype=model.dtype, device=model.device)
+        uniforms = _uniforms(options, len(rows), model)
+        tokens = _sampled(model, prefill(model, plan, prompts, cache), options, vocabulary, uniforms, 0)
+    batch: Batch | None = None
+    for step in range(1, options.max_new_tokens + 1):
+        yield tokens.tolist()
+        if step == options.max_new_tokens:
+            return
+        with torch.inference_mode():
+            # From the second step on the batch moves on where it lies.
+            batch = Batch.appended(cache, rows, [1] * len(rows)) if batch is None else batch.step()
+            logits = model.run(plan, tokens, batch, last_only=True)[1]
+            tokens = _sampled(model, logits, options, vocabulary, uniforms, step)
+
+
+def prefill(
+    model: "Decoder", plan: Plan, prompts: Sequence[Sequence[int]], cache: KVCache, at_once: int = AT_ONCE
+) -> Tensor:
+    """Puts the prompts into the cache's first rows, at most about `at_once` tokens in one forward: the logits [rows, V]
+    after each row's last token. On the Triton path the pieces change no bit.
+    """
+    counts, done = [len(prompt) for prompt in prompts], [0] * len(prompts)
+    logits: Tensor | None = None
+    while rows := [row for row, count in enumerate(counts) if done[row] < count]:
+        each = max(1, at_once // len(rows))
+        ends = [min(counts[row], done[row] + each) for row in rows]
+        tokens = [token for row, end in zip(rows, ends, strict=True) for token in prompts[row][done[row] : end]]
+        new = [end - done[row] for row, end in zip(rows, ends, strict=True)]
+        batch = Batch.appended(cache, rows, new, [counts[row] for row in rows])
+        found = model.run(plan, torch.tensor(tokens, device=model.device), batch, last_only=True)[1]
+        if logits is None:
+            logits = found
+        else:  # later pieces are of the longer prompts only
+            logits[rows] = found
+        for row, end in zip(rows, ends, strict=True):
+            done[row] = end
+    assert logits is not None
+    return logits
+
+
+def _sampled(
+    model: "Decoder",
+    logits: Tensor,
+    options: SamplingOptions,
+    vocabulary: int | None,
+    uniforms: Tensor | None,
+    step: int,
+) -> Tensor:
+    if vocabulary is not None and vocabulary < logits.shape[1]:
+        # Not a narrower view: the rows' length, and with it the kernels' wide loads, stays a round number.
+        logits[:, vocabulary:] = float("-inf")
+    uniform = None if uniforms is None else uniforms[:, step]
+    return model.kernels.sample(logits, options.temperature, options.top_k, options.top_p, uniform)
 
 
 def _check(model: "Decoder", prompts: Sequence[Sequence[int]], options: SamplingOptions) -> None:

@@ -23,7 +23,7 @@ from ..kernels.sampling import sample_reference
 from ..kernels.swiglu import swiglu_reference
 from .batch import Batch
 from .operations import DEFINITIONS, Operations
-from .plan import Attention, Dense, Experts, LowRank, Mlp, Norm, QuantisedDense
+from .plan import Attention, Dense, Experts, LowRank, Mlp, Norm, Plan, QuantisedDense
 from .sdpa import sdpa_attention, sdpa_paged_attention
 
 
@@ -48,10 +48,12 @@ class KernelSet:
     linear_residual: Callable[[Tensor, Dense, Tensor], Tensor]
     norm_gate_up_act: Callable[[Tensor, Norm | None, Mlp], tuple[Tensor, Tensor]]
     norm_experts: Callable[[Tensor, Norm | None, Experts, Tensor | None], Tensor]
-    norm_head: Callable[[Tensor, Norm | None, Dense], tuple[Tensor, Tensor]]
+    norm_head: Callable[[Tensor, Norm | None, Dense], tuple[Tensor | None, Tensor]]
     cross_entropy: Callable[[Tensor, Tensor], Tensor]
     norm_head_loss: Callable[[Tensor, Norm | None, Dense, Tensor, Loss], tuple[Tensor, Tensor]]
     sample: Callable[[Tensor, float, int, float, Tensor | None], Tensor]
+    decode: "KernelSet | None" = None  # what decode steps run instead; None: this one
+    step: Callable[[Plan, Tensor, Batch], Tensor] | None = None  # tokens [R] -> logits [R, V], instead of the phases
 
 
 def normalise(x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from ..kernels import attention_backward  # noqa: F401 - registers what a gradie
 from ..kernels import combine as _combine
 from ..kernels import cross_entropy as _cross_entropy
 from ..kernels import decode_attention as _decode
+from ..kernels import decode_linear as _decode_linear
 from ..kernels import grouped_linear as _grouped
 from ..kernels import layer_norm as _layer_norm
 from ..kernels import linear as _linear
@@ -24,6 +25,7 @@ from ..kernels import linear_cross_entropy as _loss
 from ..kernels import qk_norm_rope as _rope
 from ..kernels import quantised_linear as _quantised
 from ..kernels import rms_norm as _rms_norm
+from ..kernels import rope_decode_attention as _rope_decode
 from ..kernels import routing as _routing
 from ..kernels import sampling as _sampling
 from ..kernels import swiglu as _swiglu
@@ -45,6 +47,11 @@ class Operations:
     attention: Callable[..., Tensor]
     paged_attention: Callable[..., Tensor]
     decode_attention: Callable[..., Tensor]
+    norm_linear: Callable[..., Tensor]
+    norm_linear_swiglu: Callable[..., Tensor]
+    decode_linear_residual: Callable[..., Tensor]
+    rope_decode_attention: Callable[..., Tensor]
+    norm_head: Callable[..., tuple[Tensor, Tensor]]
     route: Callable[..., tuple[Tensor, Tensor]]
     group: Callable[..., tuple[Tensor, Tensor]]
     grouped_swiglu: Callable[..., Tensor]
@@ -68,6 +75,11 @@ DEFINITIONS = Operations(
     attention=_attention.attention_reference,
     paged_attention=_attention.paged_attention_reference,
     decode_attention=_decode.decode_attention_reference,
+    norm_linear=_decode_linear.norm_linear_reference,
+    norm_linear_swiglu=_decode_linear.norm_linear_swiglu_reference,
+    decode_linear_residual=_decode_linear.decode_linear_residual_reference,
+    rope_decode_attention=_rope_decode.rope_decode_attention_reference,
+    norm_head=_decode_linear.norm_head_reference,
     route=_routing.route_reference,
     group=_routing.group_reference,
     grouped_swiglu=_grouped.grouped_swiglu_reference,
@@ -91,6 +103,11 @@ KERNELS = Operations(
     attention=_attention.attention,
     paged_attention=_attention.paged_attention,
     decode_attention=_decode.decode_attention,
+    norm_linear=_decode_linear.norm_linear,
+    norm_linear_swiglu=_decode_linear.norm_linear_swiglu,
+    decode_linear_residual=_decode_linear.decode_linear_residual,
+    rope_decode_attention=_rope_decode.rope_decode_attention,
+    norm_head=_decode_linear.norm_head,
     route=_routing.route,
     group=_routing.group,
     grouped_swiglu=_grouped.grouped_swiglu,

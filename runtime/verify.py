@@ -21,6 +21,7 @@ from .backend import Backend, triton_kernels
 from .batch import Batch
 from .decoder import Decoder
 from .errors import TritiumError
+from .fused import fuse
 from .generation import SamplingOptions, generate
 from .kernel_set import REFERENCE, KernelSet, Loss
 from .kv_cache import KVCache
@@ -31,6 +32,13 @@ from .triton_path import Modes, compose
 WHOLE_PATH = 2.0  # how much larger than the PyTorch path's error that of the Triton path may be, end to end
 SAMPLING = ((0.0, 0, 1.0), (1.0, 0, 1.0), (0.7, 20, 1.0), (1.0, 0, 0.9))  # temperature, top-k, top-p
 UNIFORMS = 8
+PARTS = {  # what is compared of an operation that gives several things
+    "qk_norm_rope": "qkv",
+    "qk_norm_rope_cache": "qkv",
+    "rope_decode_attention": ("out", "k", "v"),
+    "norm_head": ("logits", "best"),
+}
+CACHES_AT = (11, 12)  # which arguments of rope_decode_attention it writes into
 
 
 @dataclass
@@ -90,7 +98,8 @@ class _Comparison:
         wrong = broken(found, allowed, truth)
         if mine.dtype != plain.dtype:
             wrong = f"gives {mine.dtype}, not {plain.dtype}"
-        label = f"{name} {'qkv'[part]}" if name.startswith("qk_norm_rope") else name
+        parts = PARTS.get(name)
+        label = name if parts is None else f"{name} {parts[part]}"
         before = self.rows.get((self.layer, label))
         if before is None:
             self.rows[self.layer, label] = before = Row(self.layer, label, found, allowed, None)
@@ -109,6 +118,13 @@ def _results(name: str, operation: Callable[..., Any], args: Sequence[Any]) -> t
         *rest, keys, values, slots = args
         keys, values = keys.clone(), values.clone()
         return operation(*rest, keys, values, slots), keys, values
+    if name == "rope_decode_attention":
+        caches = [args[i].clone() for i in CACHES_AT]
+        return operation(*args[: CACHES_AT[0]], *caches, *args[CACHES_AT[-1] + 1 :]), *caches
+    if name == "norm_head":
+        logits, best = operation(*args)
+        chosen = logits.float().gather(1, 0x7FFFFFFF - (best.unsqueeze(1) & 0x7FFFFFFF))
+        return logits, logits.float().amax(1, keepdim=True) - chosen
     if name == "sample":
         logits, temperature, top_k, top_p, uniform = args
         tokens = operation(*args)
@@ -166,6 +182,7 @@ def _each_operation(model: Decoder, tokens: list[int], report: Report) -> None:
     operations = comparison.operations()
     ids = torch.tensor(tokens, device=model.device)
     with_cache = compose("comparison", operations, Modes())
+    steps = fuse(with_cache, operations)
     packed = compose("comparison", operations, Modes(batch_invariant=False))
     _through(model, ids, Batch.fresh([len(tokens)], model.device), packed, comparison)
     cache = KVCache(model.config, 1, len(tokens), dtype=model.dtype, device=model.device)
@@ -174,7 +191,9 @@ def _each_operation(model: Decoder, tokens: list[int], report: Report) -> None:
     for start, end in pairwise(border):
         if end > start:
             batch = Batch.appended(cache, [0], [end - start], [len(tokens) - 2])
-            logits = _through(model, ids[start:end], batch, with_cache, comparison)
+            # Of the two single tokens, the last goes through the kernels of a decode step.
+            kernels = steps if end == len(tokens) else with_cache
+            logits = _through(model, ids[start:end], batch, kernels, comparison)
             cache.advance([0], [end - start])
     assert logits is not None
     uniforms = (torch.arange(UNIFORMS, device=model.device) + 0.5) / UNIFORMS

@@ -34,8 +34,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = [
     "README.md",
-    *(f"architecture/{name}.md" for name in ("attention", "ffn", "kernels", "numerics", "positional-encoding")),
-    *(f"architecture/{name}.md" for name in ("quantisation", "weight-mapping")),
+    *(f"architecture/{name}.md" for name in ("attention", "decoding", "ffn", "kernels", "numerics")),
+    *(f"architecture/{name}.md" for name in ("positional-encoding", "quantisation", "weight-mapping")),
     *(f"development/{name}.md" for name in ("adding-models", "benchmarking", "configuration", "fine-tuning", "guide")),
     *(f"development/{name}.md" for name in ("model-registry", "parallel", "testing", "training", "tuning")),
     *(f"models/{name}.md" for name in ("GPT", "MobileLLM", "Qwen1", "Qwen3", "template")),

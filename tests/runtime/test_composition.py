@@ -85,14 +85,16 @@ def test_the_sample_phase_hands_on_every_setting() -> None:
 
 
 def test_a_step_behind_a_first_token_sees_it() -> None:
-    """A prompt of one token is a fresh batch and a decode batch at once; its next step is not fresh."""
+    """A prompt of one token is a prefill, whose kernels' bits it has; the token behind it is a decode step."""
     model = small(num_layers=1).use_backend("torch")
     tokens, logits = torch.tensor(prompt(3), device=DEVICE), []
     with torch.inference_mode():
         cache = cache_of(model, 1)
-        batch = Batch.appended(cache, [0], [1])
-        for step in range(3):
-            logits.append(model.run(model.bind(), tokens[step : step + 1], batch if step == 0 else batch.step())[1])
+        for token in tokens[:2]:
+            batch = Batch.appended(cache, [0], [1])
+            assert batch.is_decode == bool(logits)
+            logits.append(model.run(model.bind(), token[None], batch)[1])
+        logits.append(model.run(model.bind(), tokens[2:], batch.step())[1])
         whole = model.run(model.bind(), tokens, Batch.fresh([3], DEVICE_))[1]
     torch.testing.assert_close(torch.cat(logits), whole, rtol=1e-5, atol=1e-5)
 

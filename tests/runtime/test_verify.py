@@ -25,16 +25,17 @@ CASES = [
 OPERATIONS = [entry.name for entry in dataclasses.fields(Operations)]
 EXPERTS = {"route", "group", "grouped_swiglu", "grouped_linear", "combine"}
 ABSENT = {  # what a family's models do not run
-    "qwen3": EXPERTS | {"layer_norm"},
-    "mobilellm": EXPERTS | {"layer_norm"},
-    "qwen3_moe": {"layer_norm", "linear_swiglu", "swiglu"},
-    "gpt": EXPERTS | {"rms_norm", "linear_swiglu", "swiglu"},
+    "qwen3": EXPERTS | {"layer_norm", "quantised_linear"},
+    "mobilellm": EXPERTS | {"layer_norm", "quantised_linear"},
+    "qwen3_moe": {"quantised_linear", "layer_norm", "linear_swiglu", "swiglu", "norm_linear_swiglu"},
+    "gpt": EXPERTS
+    | {"rms_norm", "linear_swiglu", "swiglu", "norm_linear", "norm_linear_swiglu", "norm_head", "quantised_linear"},
 }
 
 
 def case_with(operation: str) -> oracle.Case:
-    """The first whose model runs the operation."""
-    return next(case for case in CASES if operation not in ABSENT[case.family])
+    """The first whose model runs the operation; where weights have fewer bits, the first."""
+    return next((case for case in CASES if operation not in ABSENT[case.family]), CASES[0])
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +43,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return oracle.save(CASES[0], oracle.build(CASES[0]), tmp_path_factory.mktemp("verify") / "first")
 
 
-def model_of(checkpoint: Path, dtype: str = "float32") -> tritium.Decoder:
-    return tritium.load(checkpoint, device=DEVICE, dtype=dtype, progress=False)[0]
+def model_of(checkpoint: Path, dtype: str = "float32", quantise: str | None = None) -> tritium.Decoder:
+    return tritium.load(checkpoint, device=DEVICE, dtype=dtype, quantise=quantise, progress=False)[0]
 
 
 @pytest.mark.parametrize(("case", "dtype"), [(CASES[0], "float32"), *((case, "bfloat16") for case in CASES)], ids=str)
@@ -90,11 +91,13 @@ def disturbed(name: str, calls: list[int], at: int) -> Any:
 def test_names_the_kernel_that_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
     """Each kernel, disturbed in one call only, is named, and in its layer; nothing else is."""
     case = case_with(name)
-    model = model_of(oracle.save(case, oracle.build(case), tmp_path / "checkpoint"))
+    quantise = "int8" if name == "quantised_linear" else None
+    model = model_of(oracle.save(case, oracle.build(case), tmp_path / "checkpoint"), quantise=quantise)
     tokens = oracle.tokens(1, 9)[0].tolist()
     calls: list[int] = []
-    per_layer = {"rms_norm": 2, "layer_norm": 2, "linear_residual": 2}.get(name, 1)
-    outside = name in ("sample", "cross_entropy", "linear_cross_entropy")
+    twice = ("rms_norm", "layer_norm", "linear_residual", "decode_linear_residual")
+    per_layer = 4 if quantise else 2 if name in twice else 1
+    outside = name in ("sample", "cross_entropy", "linear_cross_entropy", "norm_head")
     spoiled = disturbed(name, calls, 0 if outside else per_layer)  # the first call of the second layer
     monkeypatch.setattr(verify, "KERNELS", dataclasses.replace(KERNELS, **{name: spoiled}))
     report = verify.verify(model, tokens, 2)
