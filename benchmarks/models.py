@@ -1,13 +1,12 @@
 """How near are whole models to their floors: a decode step to reading the weights, a prefill to the products?
 
-Random weights, one sequence. A decode step is `generate` of greedy tokens divided by their number: the prompt of a few
-tokens counts as a step, and so does all that the host does. Truth is the same model on the PyTorch path in wider
-numbers. A prefill's logits may err twice as much as the PyTorch path at the model's dtype does; a decoded token's logit
-may lie below the likeliest token's by what that allows.
+Random weights. Decode steps alone, by batch and context, are those of cells.py. Here are prefill, and `generate` as a
+whole: greedy tokens of one sequence, whose time is divided by their number: the prompt of a few tokens counts as a
+step, and so does all that the host does. Truth is the same model on the PyTorch path in wider numbers. A prefill's
+logits may err twice as much as the PyTorch path at the model's dtype does; a decoded token's logit may lie below the
+likeliest token's by what that allows.
 """
 
-import copy
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,47 +14,14 @@ import torch
 from torch import Tensor
 from tritium.runtime.accuracy import MAXIMUM, errors
 from tritium.runtime.batch import Batch
-from tritium.runtime.decoder import Decoder
 from tritium.runtime.kv_cache import KVCache
-from tritium.runtime.loading import load_model
 
+from . import cells
 from .case import Call, Case, Draw, Prepare
-from .decode import transformers_twin
 from .shapes import ITEM, MODELS, projections, spec
+from .subject import Subject, subject
 
 PROMPT, STEPS, LENGTH = 16, 32, 2048
-
-
-class Subject:
-    """A model, its counterpart in `transformers`, and the truth about it."""
-
-    def __init__(self, name: str, device: torch.device) -> None:
-        # Norms of one and small matrices would hide much: 0.05 gives logits that are far from flat.
-        self.model = load_model(spec(name), device=device).initialise(std=0.05).requires_grad_(False)
-        self._known: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
-
-    @functools.cached_property
-    def twin(self) -> Any:
-        return transformers_twin(self.model)
-
-    def on(self, backend: str, **modes: bool) -> Decoder:
-        """The same weights on a backend, as a model of its own."""
-        return copy.copy(self.model).use_backend(backend, **modes)
-
-    def logits(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """[S, V] after each token: the PyTorch path's at the model's dtype, and the truth."""
-        key = tuple(tokens[0].tolist())
-        if key not in self._known:
-            wide = torch.float64 if self.model.dtype == torch.float32 else torch.float32
-            exact = copy.deepcopy(self.model).to(wide).use_backend("torch")
-            at_dtype = self.on("torch")(tokens).logits[0]
-            self._known = {key: (at_dtype, exact(tokens).logits[0])}
-        return self._known[key]
-
-
-@functools.lru_cache(maxsize=1)
-def subject(name: str, device: torch.device) -> Subject:
-    return Subject(name, device)
 
 
 def prefill(name: str, length: int) -> Case:
@@ -110,7 +76,7 @@ def prefill(name: str, length: int) -> Case:
     )
 
 
-def decode(name: str, prompt: int, steps: int) -> Case:
+def generation(name: str, prompt: int, steps: int) -> Case:
     """Greedy tokens from a short prompt, a token a step."""
 
     def make(draw: Draw) -> tuple[Any, ...]:
@@ -139,7 +105,7 @@ def decode(name: str, prompt: int, steps: int) -> Case:
         return f"token {step} lies {below[step].item():.3g} below the best" if below[step] > allowed else None
 
     return Case(
-        name=f"{name} decode",
+        name=f"{name} generate",
         make=make,
         ours=through("triton"),
         definition=_no_definition,
@@ -166,5 +132,13 @@ def _weight_bytes(name: str) -> int:
     return (spec(name).num_layers * sum(parts.values()) + head) * ITEM
 
 
-CASES = [case for name in MODELS for case in (decode(name, PROMPT, STEPS), prefill(name, LENGTH))]
-SMOKE = [decode("tiny", 3, 2), prefill("tiny", 5)]
+CASES = [
+    *cells.cells(1),
+    generation("qwen3 0.6B", PROMPT, STEPS),
+    *(prefill(name, LENGTH) for name in MODELS),
+    *cells.cells(8),
+    *cells.cells(32),
+]
+"""What matters most comes first: a run may be cut short."""
+
+SMOKE = [*cells.SMOKE, generation("tiny", 3, 2), prefill("tiny", 5)]

@@ -1,4 +1,4 @@
-"""The command line: `tritium generate`, `chat`, `train`, `verify`, `warmup`, `models`, `tune`."""
+"""The command line: `tritium generate`, `chat`, `train`, `verify`, `warmup`, `models`, `tune`, `bench`."""
 
 import argparse
 import importlib.util
@@ -86,6 +86,7 @@ def _parser() -> Parser:
     warmup.add_argument("--context", type=int, metavar="N", help="the longest sequence (8192, or the model's context)")
     commands.add_parser("models", help="list families and sizes")
     commands.add_parser("tune", add_help=False, help="find this GPU's launch configurations (see `tune --help`)")
+    commands.add_parser("bench", add_help=False, help="a model's speed beside its floor here (see `bench --help`)")
     return parser
 
 
@@ -94,8 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _usable_streams()
     try:
         options, rest = _parser().parse_known_args(arguments)
-        if options.command == "tune":
-            return _tune(rest)
+        if options.command in ("tune", "bench"):
+            return _benchmark(options.command, rest)
         if rest:
             _parser().error(f"unrecognized arguments: {' '.join(rest)}")
         commands = {"generate": _generate, "chat": _chat, "train": _train, "verify": _verify}
@@ -343,11 +344,11 @@ def _train(options: argparse.Namespace) -> int:
     return train(options.config, options.set, options.resume)
 
 
-def _tune(arguments: Sequence[str]) -> int:
-    # The command line stands above everything, the benchmarks included: the tuner is one of them.
-    from ..benchmarks import tune
+def _benchmark(command: str, arguments: Sequence[str]) -> int:
+    # The command line stands above everything, the benchmarks included: these commands are two of them.
+    from ..benchmarks import bench, tune
 
-    return tune.main(list(arguments))
+    return {"tune": tune, "bench": bench}[command].main(list(arguments))
 
 
 def _models(options: argparse.Namespace) -> None:

@@ -123,11 +123,11 @@ def test_shapes_are_the_models() -> None:
         "swiglu: 1 x 12288",
         "qk_norm_rope: mobilellm 950m 24/6 d64 tokens 64",
         "experts: 30B-A3B layer 16",
-        "models: qwen3 8B decode",
+        "models: qwen3 8B decode batch 1 context 128",
     } <= names
     assert projections("mobilellm 950m")["qkv"] == ((24 + 2 * 6) * 64, 1536)
-    weights = find("models", smoke=False)["qwen3 8B decode"].reads
-    assert weights == 2 * (36 * 4096 * (6144 + 4096 + 3 * 12288) + 151936 * 4096)
+    weights = 2 * (28 * 1024 * (4096 + 2048 + 3 * 3072) + 151936 * 1024)
+    assert find("models", smoke=False)["qwen3 0.6B generate"].reads == weights
     assert len(MODELS) == 3
 
 
