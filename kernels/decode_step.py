@@ -207,7 +207,7 @@ def decode_step(
     if not out.numel():
         return out, best
 
-    options = dict(tuning.config("decode_step", embedding.device, itemsize=dtype.itemsize, rows=rows))
+    options = launch_options(embedding, rows)
     a_multiprocessor = options.pop("PROGRAMS")
     norms = dict(zip(layers.rotates, layers.qk_norms, strict=True))
     launch(
@@ -273,6 +273,16 @@ def decode_step(
         **options,
     )
     return out, best
+
+
+def launch_options(embedding: Tensor, rows: int) -> dict[str, Any]:
+    """The tables' row for a model, and PROGRAMS. Raises RuntimeError where a GPU's have none."""
+    options = dict(tuning.config("decode_step", embedding.device, itemsize=embedding.itemsize, rows=rows))
+    if not options:
+        raise RuntimeError(
+            f"the tables of {tuning.architecture(embedding.device)} have no row for a step in one launch"
+        )
+    return options
 
 
 def _tile(x: Tensor, weight: Tensor, bits: int, gated: bool = False) -> tuple[Any, ...]:

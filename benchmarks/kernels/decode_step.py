@@ -67,10 +67,9 @@ def decode_step(name: str, rows: int) -> Case:
         """What decode_step takes."""
         embedding, tokens, last, head, table, positions, rope_dtype, slots, pages, lengths, *rest = args
         lists = [rest[at : at + number] for at in range(0, len(rest), number)]
-        layers = StepLayers(
-            *lists[:8], list(model.rope_layers), list(model.qk_norm_layers) if norm != "none" else [False] * number,
-            [0] * number, *lists[8:],
-        )  # fmt: skip
+        named: dict[str, Any] = dict(zip((*LISTS, "qk_norm_weights"), lists, strict=False))
+        norms = list(model.qk_norm_layers) if norm != "none" else [False] * number
+        layers = StepLayers(**named, rotates=list(model.rope_layers), qk_norms=norms, windows=[0] * number)
         return (
             embedding, tokens, layers, last, head, EPS, *heads, table, positions, rope_dtype,
             model.qk_norm_position == "before_rope", None, slots, pages, lengths, model.head_dim**-0.5,

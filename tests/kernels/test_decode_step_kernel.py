@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.library import opcheck
+from tritium.kernels import tuning
 from tritium.kernels.decode_linear import decode_linear_residual, norm_head, norm_linear, norm_linear_swiglu
 from tritium.kernels.decode_step import decode_step, decode_step_reference
 from tritium.kernels.launch import INTERPRETED
@@ -132,6 +133,12 @@ def test_given_memory_is_used_again() -> None:
     assert torch.equal(found[0][1], found[1][1])
     fresh, _ = decode_step(**held)
     assert same_bits(fresh, logits)
+
+
+def test_a_gpu_without_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "config", lambda *_, **key: {})
+    with pytest.raises(RuntimeError, match="have no row for a step in one launch"):
+        decode_step(**arguments(device=DEVICE))
 
 
 def test_refusals() -> None:

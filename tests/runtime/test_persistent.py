@@ -111,6 +111,9 @@ def test_what_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     for form in ("fused", "persistent"):  # where nobody names one, the table does
         monkeypatch.setattr(tuning, "config", lambda *_, form=form, **key: {"FORM": form})
         assert persists(None, plan) == (form == "persistent")
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "config", lambda *_, **key: {})  # a GPU whose tables have no row
+        assert fits(plan) == "there is no kernel of it for this GPU"
     for why, other in reasons.items():
         assert why in str(fits(other)), why
         assert not persists(None, other)
