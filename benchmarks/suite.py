@@ -23,9 +23,10 @@ from .record import BAD, Record, file_of, order, read, summary
 from .worker import WHOLE, find, spent
 
 KERNELS = (
-    "attention", "decode_attention", "linear", "decode_linear", "grouped_linear", "rms_norm", "qk_norm_rope", "swiglu",
-    "sampling", "quantised_linear", "routing", "combine", "layer_norm", "cross_entropy", "linear_cross_entropy",
-    "advance", "decode_step", "attention_backward", "qk_norm_rope_backward", "grouped_linear_backward", "routing_backward",
+    "attention", "decode_attention", "rope_decode_attention", "linear", "decode_linear", "grouped_linear", "rms_norm",
+    "qk_norm_rope", "swiglu", "sampling", "quantised_linear", "routing", "combine", "layer_norm", "cross_entropy",
+    "linear_cross_entropy", "advance", "decode_step", "attention_backward", "qk_norm_rope_backward",
+    "grouped_linear_backward", "routing_backward",
 )  # fmt: skip
 OPERATIONS = (*WHOLE, *KERNELS)
 PATIENCE = 240.0  # seconds for one case, compilation and the peers' included

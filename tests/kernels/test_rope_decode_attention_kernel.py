@@ -278,15 +278,20 @@ def test_scratch_and_out_are_used_again_and_again() -> None:
 
 @pytest.mark.parametrize("programs", [1, 5, 14])
 def test_any_number_of_programs(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each takes its share of the pages, as in a launch of the whole step."""
+    """The phase by itself: each program takes its share of the pages, as in a launch of the whole step."""
     step = Step([PAGE + 9, 2 * PAGE, 2], idle=(2,), spare=0)
     expected, left = step.run()
 
-    def other_grid(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    def phase(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         assert grid == (3 * 2 * 2,)
-        launch.launch(kernel, (programs,), *args, **options)
+        options |= {"SYNC": 0, "PREFETCH": False, "launch_pdl": False}
+        if launch.INTERPRETED:
+            del options["launch_pdl"]
+        pointers, rest = args[:14], args[14:]
+        for program in range(programs):
+            module.rope_decode_attention_phase[(1,)](program, programs, *pointers, pointers[-1], 0, *rest, **options)
 
-    monkeypatch.setattr(module, "launch", other_grid)
+    monkeypatch.setattr(module, "launch", phase)
     out, caches = step.run()
     assert same_bits(out, expected)
     assert same_bits(caches, left)
@@ -345,8 +350,8 @@ def test_refuses_what_does_not_fit() -> None:
     for changed, error, match in wrong:
         with pytest.raises(error, match=match):
             rope_decode_attention(**step.arguments | changed)
-    wide = Step([3], 33, 1, 256, F32, ("none", True, "none", False))
-    with pytest.raises(ValueError, match=r"33 query heads of 256 torch\.float32 share a key/value head"):
+    wide = Step([3], 17, 1, 256, F32, ("none", True, "none", False))
+    with pytest.raises(ValueError, match=r"17 query heads of 256 torch\.float32 share a key/value head"):
         wide.run()
 
 
