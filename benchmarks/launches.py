@@ -32,7 +32,7 @@ def _barriers_kernel(arrivals_ptr, count):
 
 def tick(count: Tensor) -> None:
     """Adds one to an int32 [1] by a kernel of its own, which begins as early as those of a decode step do."""
-    launch(_tick_kernel, (1,), count, num_warps=1, **dependent(count.device))
+    launch(_tick_kernel, (1,), count, num_warps=1, **dependent(count.device, True))
 
 
 def barriers(arrivals: Tensor, count: int, programs: int) -> None:

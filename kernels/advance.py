@@ -195,7 +195,7 @@ def advance(
         HAS_ANGLES=angles is not None,
         HAS_UNIFORM=uniforms is not None,
         BLOCK_R=min(max(32, triton.next_power_of_2(rows)), 256),
-        **dependent(sampled.device),
+        **dependent(sampled.device, True),
         **tuning.config("advance", sampled.device),
     )
 

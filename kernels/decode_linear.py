@@ -186,6 +186,9 @@ def norm_linear(
     """The kernel: y [R, N], contiguous, in `out` where that is given. float32, bfloat16 or float16; the norm's weight,
     the weight and bias have x's dtype. With a scale, weight and scale are those of a `Quantised`.
 
+    With `out` it is one of a chain of launches: on a GPU the weight may be read before the launch in front of this one
+    has ended, which must not write it.
+
     Raises RuntimeError where no kernel can run, TypeError and ValueError for what does not fit.
     """
     return _run(x, norm_weight, eps, weight, bias, scale, out)
@@ -291,6 +294,7 @@ def _run(
     y = torch.empty((num_rows, width), dtype=x.dtype, device=x.device) if out is None else out
     if not y.numel():
         return y
+    chained = out is not None and weight.stride(1) == 1  # a copy made here would be the launch in front
     x, weight = _unit_columns(x), _unit_columns(weight)
     residual = None if residual is None else _unit_columns(residual)
     options = launch_row(x, weight, bits, gated)
@@ -321,7 +325,7 @@ def _run(
         GATED=gated,
         BEST=best is not None,
         BITS=bits,
-        **dependent(x.device),
+        **dependent(x.device, chained),
         **options,
     )
     return y

@@ -113,14 +113,16 @@ def _multiply(
 
 
 @triton.jit
-def _prefetch_rows(rows_ptr, num_rows, stride, column, end, ROWS: tl.constexpr, LINES: tl.constexpr):
-    """The cache lines of the first columns from `column` on of up to ROWS weight rows, LINES in all."""
+def _prefetch_rows(weight_ptr, rows_ptr, num_rows, stride, column, end, ROWS: tl.constexpr, LINES: tl.constexpr):
+    """The cache lines of the first columns from `column` on of up to ROWS weight rows, LINES in all; of what is not
+    there, the weight's first.
+    """
     LINE: tl.constexpr = 128 // (rows_ptr.dtype.element_ty.primitive_bitwidth // 8)
     o_l = tl.arange(0, LINES)
     row = o_l % ROWS
     o_k = column + o_l // ROWS * LINE
     pointers = rows_ptr + row.to(tl.int64) * stride + o_k
-    prefetch(tl.where((row < num_rows) & (o_k < end), pointers, rows_ptr), True)
+    prefetch(tl.where((row < num_rows) & (o_k < end), pointers, weight_ptr), True)
 
 
 @triton.jit
@@ -177,9 +179,9 @@ def linear_phase(
     if PREFETCH:
         row = program // blocks_m * ROWS
         rows_ptr = weight_ptr + tl.cast(row, tl.int64) * stride_weight
-        _prefetch_rows(rows_ptr, N - row, stride_weight, SLICES * SIZE, end, ROWS, LINES)
+        _prefetch_rows(weight_ptr, rows_ptr, N - row, stride_weight, SLICES * SIZE, end, ROWS, LINES)
         if GATED:
-            _prefetch_rows(rows_ptr + up, N - row, stride_weight, SLICES * SIZE, end, ROWS, LINES)
+            _prefetch_rows(weight_ptr, rows_ptr + up, N - row, stride_weight, SLICES * SIZE, end, ROWS, LINES)
     wait(arrivals_ptr, target, SYNC)
 
     inverse = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -222,9 +224,11 @@ def linear_phase(
         y = tl.sum(acc, axis=0)
         y_up = tl.sum(up_acc, axis=0)
         if BITS == 8:
-            y *= tl.load(scale_rows, mask=m_n, other=0.0)[:, None]
+            # Rounded here, by name: whether a product and the sum behind it become one would be the layout's to say.
+            none = tl.zeros(y.shape, dtype=tl.float32)
+            y = tl.fma(y, none + tl.load(scale_rows, mask=m_n, other=0.0)[:, None], none)
             if GATED:
-                y_up *= tl.load(scale_rows + N, mask=m_n, other=0.0)[:, None]
+                y_up = tl.fma(y_up, none + tl.load(scale_rows + N, mask=m_n, other=0.0)[:, None], none)
         if HAS_BIAS:
             y += tl.load(bias_ptr + o_n, mask=m_n, other=0.0).to(tl.float32)[:, None]
             if GATED:

@@ -28,10 +28,13 @@ DEPENDENT = tl.constexpr(1)
 GRID = tl.constexpr(2)
 
 
-def dependent(device: torch.device) -> dict[str, Any]:
-    """Launch options of a kernel that follows another in a stream: SYNC, and what lets it start early where it can."""
+def dependent(device: torch.device, chained: bool) -> dict[str, Any]:
+    """Launch options of a kernel that follows another in a stream: SYNC, and what lets it start early where it can.
+
+    `chained` says that it may: what it reads before it waits was written before the launch in front of it.
+    """
     arch = architecture(device)
-    if INTERPRETED or not arch.startswith("sm_") or int(arch[3:]) < 90:
+    if not chained or INTERPRETED or not arch.startswith("sm_") or int(arch[3:]) < 90:
         return {"SYNC": 0, "PREFETCH": False}
     return {"SYNC": 1, "PREFETCH": True, "launch_pdl": True}
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ..kernels.cross_entropy import IGNORE_INDEX
 from .backend import Backend, shape_obstacle
 from .batch import Batch, Padding
-from .decoding import Sessions
 from .errors import TritiumError
 from .generation import SamplingOptions, generate_padded
 from .kernel_set import REFERENCE, KernelSet, Loss, normalise
@@ -19,6 +18,7 @@ from .layers import Layer, TransformerDecoder, as_spec
 from .parallel.exchange import Exchange
 from .plan import Dense, Norm, Plan
 from .quantisation import QuantisedLinear, check_dense, draw
+from .sessions import Sessions
 from .spec import DTYPES
 from .triton_path import Modes
 

@@ -5,9 +5,9 @@ value that the host knows, so on a GPU it is captured once as a CUDA graph and r
 front of what it has read, and the device never waits for it. Where nothing can be captured the same step runs as it is.
 """
 
-import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,7 +52,6 @@ class Decoding:
         `stops`; `form` as in persistent.py. Raises TritiumError where the cache does not fit.
         """
         device = model.device
-        self.key: tuple[Any, ...] = ()  # what Sessions knows it by
         self.model, self.plan = model, plan
         self.rows, width = rows, bucket(rows)
         pages = -(-capacity // (ROUND * PAGE_SIZE)) * ROUND
@@ -94,9 +93,25 @@ class Decoding:
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._warm: set[int] = set()
         self._pool: Any = None
+        self.device = device
+        self._stream: torch.cuda.Stream | None = None  # that this works on
         on_gpu = device.type == "cuda"
+        self._capturing = torch.cuda.Stream(device) if on_gpu else None
         self._read = torch.empty(self._history.shape, dtype=torch.int64, pin_memory=True) if on_gpu else self._history
         self._events: deque[torch.cuda.Event] = deque()
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """On the model's device, behind what this has under way: to be around whatever touches its state or cache."""
+        if self.device.type != "cuda":
+            yield
+            return
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.current_stream()
+            if self._stream is not None and self._stream != stream:
+                stream.wait_stream(self._stream)
+            self._stream = stream
+            yield
 
     def begin(self, prompts: Sequence[int], uniforms: Tensor | None) -> None:
         """The rows' prompts, of so many tokens, are in the cache now; uniforms [rows, steps], where one samples."""
@@ -127,6 +142,7 @@ class Decoding:
                 continue
             if before:
                 self._graphs.clear()
+                self._pool = None
             if angles.rows is not self._positions:
                 self._angles.append(angles.rows)
         assert len(self._angles) <= 1, "one rule of rotation a model"
@@ -181,9 +197,12 @@ class Decoding:
 
     def _captured(self) -> torch.cuda.CUDAGraph:
         graph, longest = torch.cuda.CUDAGraph(), self._longest
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            self._compute()
-        self._pool, self._longest = graph.pool(), longest
+        try:
+            with torch.cuda.graph(graph, self._pool, self._capturing, capture_error_mode="thread_local"):
+                self._compute()
+        finally:
+            self._longest = longest
+        self._pool = graph.pool()
         return graph
 
     def run(self, first: Tensor, count: int) -> Iterator[list[int]]:
@@ -191,12 +210,12 @@ class Decoding:
 
         A row gives kernels/advance.py's NOTHING once it has ended.
         """
-        with torch.inference_mode():
+        with torch.inference_mode(), self.working():
             self.take(first)
             self._send(0)
         sent = 1
         for number in range(count):
-            with torch.inference_mode():
+            with torch.inference_mode(), self.working():
                 ahead = AHEAD if self.tokens.is_cuda else 0
                 while sent < min(count, number + 1 + ahead) and number:  # nothing stands before the first token
                     self.step()
@@ -211,50 +230,4 @@ class Decoding:
         """Has a step's tokens copied to where the host reads them."""
         if self.tokens.is_cuda:
             self._read[number].copy_(self._history[number], non_blocking=True)
-            self._events.append(torch.cuda.Event())
-            self._events[-1].record()
-
-
-class Sessions:
-    """The last `Decoding` of a model, for whoever comes next with the same weights and options."""
-
-    def __init__(self) -> None:
-        self._kept: Decoding | None = None
-
-    def take(
-        self,
-        model: "Decoder",
-        plan: Plan,
-        rows: int,
-        capacity: int,
-        options: "SamplingOptions",
-        stops: Sequence[int],
-        vocabulary: int | None,
-    ) -> Decoding:
-        """The one that was given back, where it fits, or a new one. Nobody else has it until it is given back.
-
-        Raises TritiumError where the cache of a new one does not fit.
-        """
-        kept, self._kept = self._kept, None
-        sampling = (options.temperature, options.top_k, options.top_p)
-        weights = [tensor.data_ptr() for tensor in itertools.chain(model.parameters(), model.buffers())]
-        key = (model.backend, model.device, model.dtype, bucket(rows), sampling, tuple(stops), vocabulary, *weights)
-        if kept is not None and key == kept.key and kept.rows >= rows and kept.capacity >= capacity:
-            kept.cache.clear()
-            return kept
-        del kept  # its memory, before more is asked for
-        made = Decoding(model, plan, rows, capacity, options, stops, vocabulary)
-        made.key = key
-        return made
-
-    def give_back(self, decoding: Decoding) -> None:
-        self._kept = decoding
-
-    def clear(self) -> None:
-        self._kept = None
-
-    def __deepcopy__(self, memo: Any) -> "Sessions":
-        return Sessions()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Sessions, ()
+            self._events.append(torch.cuda.current_stream().record_event())

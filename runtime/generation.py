@@ -103,12 +103,15 @@ def _on_the_device(
         plan = model.bind()
         capacity = max(counts) + options.max_new_tokens
         decoding = model.sessions.take(model, plan, len(prompts), capacity, options, eos_ids, vocabulary)
-        uniforms = _uniforms(options, len(prompts), model)
-        tokens = _sampled(model, prefill(model, plan, prompts, decoding.cache), options, vocabulary, uniforms, 0)
-        decoding.begin(counts, uniforms)
     try:
-        for step in decoding.run(tokens, options.max_new_tokens):
+        with torch.inference_mode(), decoding.working():
+            uniforms = _uniforms(options, len(prompts), model)
+            tokens = _sampled(model, prefill(model, plan, prompts, decoding.cache), options, vocabulary, uniforms, 0)
+            decoding.begin(counts, uniforms)
+        for number, step in enumerate(decoding.run(tokens, options.max_new_tokens), start=1):
             yield step[: len(prompts)]
+            if number < options.max_new_tokens:
+                model.sessions.check(decoding)
     finally:
         model.sessions.give_back(decoding)
 

@@ -23,14 +23,15 @@ def call(
 ) -> Callable[[], object]:
     def run() -> object:
         x, norm = meta(rows, depth, dtype=dtype), meta(depth, dtype=dtype)
+        out = meta(rows, width, dtype=dtype)  # as in a captured step, whose kernels start early
         weight, scale = weights(2 * width if form == "swiglu" else width, depth, bits, dtype)
         if form == "swiglu":
-            return norm_linear_swiglu(x, norm, 1e-6, weight, None, scale)
+            return norm_linear_swiglu(x, norm, 1e-6, weight, None, scale, out=out)
         if form == "residual":
-            return decode_linear_residual(x, weight, None, meta(rows, width, dtype=dtype), scale)
+            return decode_linear_residual(x, weight, None, out, scale, out=out)
         if form == "head":
-            return norm_head(x, norm, 1e-6, weight, scale, width - 7)
-        return norm_linear(x, norm, 1e-6, weight, None, scale)
+            return norm_head(x, norm, 1e-6, weight, scale, width - 7, out=out)
+        return norm_linear(x, norm, 1e-6, weight, None, scale, out=out)
 
     return run
 

@@ -116,15 +116,21 @@ def test_a_session_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
         break
     assert rows(model, [prompt(4)], GREEDY) == fresh([prompt(4)], GREEDY)
     assert len(made) == 3
-    with torch.no_grad():
-        model.embedding.weight.mul_(1.1)  # in place: nothing has to be made anew, and nothing is stale
+    with torch.no_grad():  # in place: nothing has to be made anew, and nothing is stale, be it made of parameters
+        model.embedding.weight.mul_(1.1)
+        model.stack.layers[0].attention.q_norm.weight.mul_(-1.5)
     assert rows(model, [prompt(4)], GREEDY) == fresh([prompt(4)], GREEDY)
     assert len(made) == 3
     model.embedding.weight = torch.nn.Parameter(model.embedding.weight * 0.9)
     assert rows(model, [prompt(4)], GREEDY) == fresh([prompt(4)], GREEDY)
     assert len(made) == 4
+    loop = generate(model, [prompt(3)], GREEDY)
+    next(loop)
     model.to(DEVICE)
     assert model.sessions._kept is None  # moved models leave no cache behind
+    with pytest.raises(TritiumError, match="was moved, or cast, while it generated"):
+        next(loop)
+    assert model.sessions._kept is None
 
 
 def test_buckets() -> None:
@@ -239,7 +245,7 @@ def test_replays_are_steps(family: str, monkeypatch: pytest.MonkeyPatch) -> None
     options = SamplingOptions(40, temperature=0.8, top_p=0.9, seed=1)
     captured = [rows(model, batch, options) for batch in batches]
     assert model.sessions._kept is not None
-    assert model.sessions._kept._graphs
+    assert model.sessions._kept[1]._graphs
     monkeypatch.setattr(Decoding, "step", Decoding._compute)
     assert captured == [rows(copy.deepcopy(model), batch, options) for batch in batches]
 
@@ -253,8 +259,8 @@ def test_a_row_has_the_same_bits_in_any_batch() -> None:
 
     def keys(prompts: list[list[int]], row: int) -> Tensor:
         list(generate(model, prompts, GREEDY))
-        kept = model.sessions._kept
-        assert kept is not None
+        assert model.sessions._kept is not None
+        kept = model.sessions._kept[1]
         pages = kept.cache._host_table[row]
         return torch.stack([k[:, pages[0], : len(prompts[row]) + 3] for k in kept.cache.keys]).clone()
 
