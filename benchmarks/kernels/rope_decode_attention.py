@@ -59,7 +59,8 @@ def decode(model: str, rows: int, length: int) -> Case:
         return lambda: attend(rotate(*given), k_cache, v_cache, table, lengths, scale, None, length)
 
     def definition(*args: Any) -> Tensor:
-        return rope_decode_attention_reference(*arranged(*args), scale)
+        given: list[Any] = [*arranged(*args), scale]
+        return rope_decode_attention_reference(*given)
 
     def observe(out: Any, args: Sequence[Any]) -> list[Tensor]:
         return [out, args[5], args[6]]
