@@ -30,6 +30,7 @@ def case(name: str, form: Any, head_dim: int, dtype: torch.dtype, window: int | 
         lambda: form(head_dim, dtype, window),
         wgmma=head_dim in (64, 128) and dtype != torch.float32,
         wide=head_dim >= 56 and dtype != torch.float32,
+        bulk=head_dim in (64, 128) and dtype != torch.float32,
     )
 
 

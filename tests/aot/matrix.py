@@ -43,6 +43,7 @@ class Case:
     call: Callable[[], object]
     wgmma: bool = False  # Hopper's warp-group matrix instruction, where the architecture has it
     wide: bool = False  # loads of 16 bytes a thread, asynchronous and bulk copies included: some, not each
+    bulk: bool = False  # tiles by the copy engine (TMA), where the architecture has it
     dependent: bool = False  # starts before the kernel in front has ended, and waits for it, where the architecture can
     only: tuple[str, ...] = field(default_factory=lambda: tuple(TARGETS))  # architectures it is compiled for
 
@@ -87,6 +88,7 @@ def inspect(compiled: Any, arch: str) -> dict[str, Any]:
             "shared": shared,
             "wgmma": False,
             "wide": bool(re.search(r"(global|buffer)_load_(dwordx4|b128)", text)),
+            "bulk": False,
             "dependent": False,
             "tf32": "xf32" in text,
             "stores": bool(re.search(r"(global|buffer)_(store|atomic)", text)),
@@ -102,6 +104,7 @@ def inspect(compiled: Any, arch: str) -> dict[str, Any]:
             re.search(r"ld\.global[\w.:]*\.v4\.b32|ld\.global[\w.:]*\.v2\.b64|ld\.global[\w.:]*\.v8\.b32", text)
             or re.search(r"cp\.async\.c[ag]\.shared\.global[^;]*, 0x10|cp\.async\.bulk\.tensor", text)
         ),
+        "bulk": "cp.async.bulk.tensor" in text,
         "dependent": all(f"griddepcontrol.{name}" in text for name in ("wait", "launch_dependents")),
         "tf32": ".tf32" in text,
         "stores": bool(re.search(r"st\.global|st\.async|cp\.async\.bulk\.tensor\.\dd\.global|atom\.|red\.", text)),
@@ -127,6 +130,8 @@ def failures_of(case: Case, arch: str, found: dict[str, Any], float32: bool) -> 
         wrong.append("has no wgmma")
     if case.wide and not found["wide"]:
         wrong.append("has no 128-bit loads")
+    if case.bulk and arch in ("sm_90", "sm_100") and not found["bulk"]:
+        wrong.append("has no bulk copies")
     if case.dependent and arch in ("sm_90", "sm_100") and not found["dependent"]:
         wrong.append("does not start before the kernel in front has ended")
     if float32 and found["tf32"]:

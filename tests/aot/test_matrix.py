@@ -50,7 +50,7 @@ def test_a_row_that_spills_is_caught(arch: str, override: str, tmp_path: Path) -
     assert [line for line in report["failures"] if "4096 bfloat16" in line and "spills" in line]
 
 
-RIGHT = {"registers": 32, "stack": 0, "shared": 0, "wgmma": True, "wide": True, "dependent": True}
+RIGHT = {"registers": 32, "stack": 0, "shared": 0, "wgmma": True, "wide": True, "bulk": True, "dependent": True}
 RIGHT |= {"tf32": False, "stores": True}
 
 
@@ -61,13 +61,14 @@ RIGHT |= {"tf32": False, "stores": True}
         ({"shared": 232_449}, False, "bytes of shared memory"),
         ({"wgmma": False}, False, "has no wgmma"),
         ({"wide": False}, False, "has no 128-bit loads"),
+        ({"bulk": False}, False, "has no bulk copies"),
         ({"dependent": False}, False, "before the kernel in front"),
         ({"tf32": True}, True, "uses tf32"),
         ({"stores": False}, False, "stores nothing"),
     ],
 )
 def test_every_budget_can_fail(change: dict[str, Any], float32: bool, message: str) -> None:
-    case = Case("any", lambda: None, wgmma=True, wide=True, dependent=True)
+    case = Case("any", lambda: None, wgmma=True, wide=True, bulk=True, dependent=True)
     assert failures_of(case, "sm_90", RIGHT, float32) == []
     (found,) = failures_of(case, "sm_90", {**RIGHT, **change}, float32)
     assert message in found
