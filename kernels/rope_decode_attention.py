@@ -173,6 +173,7 @@ def _tile(
     newest = (split == existing - 1) & (length > 0)
     index = first_page + split
     page = tl.load(pages_ptr + row * stride_pages + index, mask=index < max_pages, other=0)
+    # An entry that is not the row's may be no page's number, and even asking for it must not leave the cache.
     page = tl.where((split < count) & (length > 0), page, 0).to(tl.int64)
     base = index * PAGE  # the position of the page's first key
     begin = tl.maximum(first_key - base, 0) // BLOCK_N * BLOCK_N
@@ -240,8 +241,7 @@ def _tile(
         # A row longer than the grid or the table was told of cannot be right: it must not look as if it were.
         wrong = (existing > splits) | (end_page > max_pages)
         if count == 1:
-            # What merging a single split gives, to the bit (a sum that begins with 0 has no -0).
-            out = tl.where(wrong, float("nan"), divided(acc + 0.0, total))
+            out = tl.where(wrong, float("nan"), divided(acc, total))
             tl.store(out_ptr + o_row[:, None] * D + o_d[None, :], out.to(dtype), mask=m_row)
         else:
             o_state = o_row * 2 * splits + split
