@@ -32,6 +32,7 @@ from .record import ceilings, gaps, save
 from .stepping import Filled, form_of, free_bytes, keys_of, no_room, steps
 
 CONTEXTS = (128, 4096)
+PROMPT = 512  # tokens, where the context has room for them
 SECONDS = 0.5  # of steps, and of prefills, at each batch and context
 ROUNDS = 3  # of generate
 
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", metavar="FILE.yaml", help="a size's file instead of --model and --size")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="N", help="sequences at once (1 8)")
     parser.add_argument("--context", type=int, nargs="+", metavar="N", help="keys that a step sees (128 4096)")
-    parser.add_argument("--prompt", type=int, default=512, metavar="N", help="tokens of the prompt that is read (512)")
+    parser.add_argument("--prompt", type=int, metavar="N", help=f"tokens of the prompt that is read (up to {PROMPT})")
     parser.add_argument("--steps", type=int, default=64, metavar="N", help="tokens that continue it, 2 or more (64)")
     parser.add_argument("--quantise", metavar="KIND", help="int8 or int4 weights")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; the GPU where there is one")
@@ -78,8 +79,10 @@ def _spec(options: argparse.Namespace) -> tuple[str, ModelSpec]:
 
 
 def _check(options: argparse.Namespace, spec: ModelSpec) -> None:
-    """Raises TritiumError for numbers that do not fit the model; fills in the contexts where none are given."""
+    """Raises TritiumError for numbers that do not fit the model; fills in contexts and prompt where none are given."""
     longest = spec.context_length
+    if options.prompt is None:
+        options.prompt = max(1, min(PROMPT, longest - options.steps))
     if options.context is None:
         options.context = [length for length in CONTEXTS if length <= longest] or [longest]
     least = {"batch": 1, "context": 2, "prompt": 1, "steps": 2}

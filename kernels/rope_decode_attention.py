@@ -46,6 +46,11 @@ class Scratch(NamedTuple):
     counts: Tensor  # [R * Hk] int32: 0 between calls
 
 
+def holds(group: int, head_dim: int, itemsize: int) -> bool:
+    """Whether a program has room for the queries of one key/value head."""
+    return triton.next_power_of_2(group) * max(16, triton.next_power_of_2(head_dim)) * itemsize <= WIDEST_QUERIES
+
+
 def rope_decode_attention_scratch(
     rows: int, num_heads: int, num_kv_heads: int, head_dim: int, splits: int, device: torch.device
 ) -> Scratch:
@@ -357,7 +362,7 @@ def rope_decode_attention(
     _attention.check(heads, k_cache, v_cache, page_table, lengths, window)
     group, block_d = num_heads // num_kv_heads, max(16, triton.next_power_of_2(head_dim))
     padded = triton.next_power_of_2(group)
-    if padded * block_d * qkv.element_size() > WIDEST_QUERIES:
+    if not holds(group, head_dim, qkv.element_size()):
         raise ValueError(
             f"{group} query heads of {head_dim} {qkv.dtype} share a key/value head: padded to powers of two they must "
             f"fit in {WIDEST_QUERIES} bytes"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..kernels.rope_decode_attention import rope_decode_attention_scratch
+from ..kernels.rope_decode_attention import holds, rope_decode_attention_scratch
 from ..kernels.sampling import Scratch, sample_scratch
 from .batch import Batch
 from .kernel_set import KernelSet
@@ -72,10 +72,15 @@ def fuse(plain: KernelSet, operations: "Operations", workspace: Workspace | None
             return plain.norm_linear(x, norm, linear)
         return x, operations.norm_linear(x, *_norm(norm), *_weight(linear), **into("qkv", x, linear.weight.shape[0]))
 
-    def qk_norm_rope_cache(qkv: Tensor, attention: Attention, batch: Batch) -> tuple[Tensor, None, None]:
-        return qkv, None, None  # `attend` does it all
+    def qk_norm_rope_cache(
+        qkv: Tensor, attention: Attention, batch: Batch
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        # Where a kernel has room for the heads, `attend` does it all.
+        return (qkv, None, None) if _attends(attention, batch) else plain.qk_norm_rope_cache(qkv, attention, batch)
 
     def attend(qkv: Tensor, k: Tensor | None, v: Tensor | None, attention: Attention, batch: Batch) -> Tensor:
+        if not _attends(attention, batch):
+            return plain.attention(qkv, k, v, attention, batch)
         assert batch.cache is not None
         table = positions = scale = None
         if attention.rotary is not None:
@@ -167,6 +172,12 @@ def fuse(plain: KernelSet, operations: "Operations", workspace: Workspace | None
 def _holds(norm: Norm | None) -> bool:
     """Whether the fused kernels have this norm: RMSNorm, with the stream going on as it was before."""
     return norm is None or (norm.kind == "rms" and not norm.replaces_stream)
+
+
+def _attends(attention: Attention, batch: Batch) -> bool:
+    assert batch.cache is not None
+    keys = batch.cache.keys[attention.slot]
+    return holds(attention.num_heads // attention.num_kv_heads, keys.shape[-1], keys.itemsize)
 
 
 def _norm(norm: Norm | None) -> tuple[Tensor | None, float]:

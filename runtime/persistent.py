@@ -12,6 +12,7 @@ from torch import Tensor
 from ..kernels import tuning
 from ..kernels.decode_attention import most_splits
 from ..kernels.decode_step import decode_step
+from ..kernels.rope_decode_attention import holds
 from ..kernels.step_tables import StepLayers, misplaced, step_scratch, step_tables
 from .batch import Batch
 from .errors import TritiumError
@@ -92,6 +93,11 @@ def _layer_obstacle(layer: Layer) -> str | None:
         return "processes share its weights"
     if not (_has(layer.attention_norm) and _has(layer.mlp_norm)):
         return "its layers are not normalised by RMS norms that the stream passes by"
+    assert layer.attention_norm is not None
+    attention, itemsize = layer.attention, layer.attention_norm.weight.itemsize
+    head_dim = layer.qkv.weight.shape[0] // (attention.num_heads + 2 * attention.num_kv_heads)
+    if not holds(attention.num_heads // attention.num_kv_heads, head_dim, itemsize):
+        return "too many wide query heads share a key/value head"
     if any(type(linear) not in FUSED for linear in (layer.qkv, layer.out, layer.mlp.up, layer.mlp.down)):
         return "it has adapters"
     return None

@@ -113,17 +113,20 @@ def test_a_quantised_model_is_measured_beside_a_lower_floor(size: str, tmp_path:
     assert (found["model"]["quantise"], found["model"]["dtype"]) == ("int4", "float32")
 
 
-def test_contexts_that_a_model_has(size: str) -> None:
+def test_contexts_and_prompts_that_a_model_has(size: str) -> None:
     class Options:
         context = None
-        batch, prompt, steps, quantise, json = [1], 1, 2, None, None
+        batch, prompt, steps, quantise, json = [1], None, 2, None, None
 
     options: Any = Options()
     bench._check(options, load_config(size))
-    assert options.context == [128]
-    options.context = None
+    assert (options.context, options.prompt) == ([128], 158)
+    options.context = options.prompt = None
     bench._check(options, load_config(size).replace(context_length=50))
-    assert options.context == [50]
+    assert (options.context, options.prompt) == ([50], 48)
+    options.prompt = None
+    bench._check(options, load_config(size).replace(context_length=1000))
+    assert options.prompt == bench.PROMPT
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,14 @@ def test_the_same_tokens_as_on_the_host(family: str, monkeypatch: pytest.MonkeyP
     assert len({token for row in expected for token in row}) > 4  # an output that moves
 
 
+def test_heads_that_the_fused_kernel_has_no_room_for() -> None:
+    """They go through the kernels of which a step is otherwise composed; its other phases stay fused."""
+    model = small(num_layers=1, num_heads=64, num_kv_heads=1, head_dim=128)
+    options = SamplingOptions(3, temperature=0)
+    expected = rows(copy.copy(model).use_backend("torch"), PROMPTS[:1], options)
+    assert rows(model, PROMPTS[:1], options) == expected
+
+
 def test_as_the_trainer_steps_are_prefills() -> None:
     model = small().use_backend("triton", sampler_equals_trainer=True)
     expected = rows(copy.copy(model).use_backend("torch"), PROMPTS, GREEDY)
