@@ -104,6 +104,11 @@ def kernel(module: str, name: str | None = None, *rest: Any) -> Prepare:
     return prepare
 
 
+def no_definition(*args: Any) -> Any:
+    """The definition of a case that its `check` judges."""
+    raise NotImplementedError("this case is judged by its check")
+
+
 def wrong(case: Case, prepare: Prepare, device: torch.device, seed: int) -> str | None:
     """What is wrong with a contender's result on the inputs of `seed`, held to the rule; None where it is right."""
     args = case.make(Draw(device, seed))

@@ -19,7 +19,7 @@ from torch import Tensor
 from tritium.runtime.persistent import FORMS
 from tritium.runtime.summary import parameter_count
 
-from .case import Call, Case, Draw, Prepare
+from .case import Call, Case, Draw, Prepare, no_definition
 from .machine import Step, decode_step
 from .shapes import DECODED, ITEM, spec
 from .stepping import Filled, form_of, free_bytes, keys_of, no_room, steps
@@ -160,7 +160,7 @@ def cell(name: str, rows: int, context: int, with_peers: bool, compiled: bool = 
         name=f"{name} decode batch {rows} context {context}",
         make=make,
         ours=through("triton"),
-        definition=_no_definition,
+        definition=no_definition,
         reads=step.weights + step.cache,
         writes=step.logits,
         flop=step.flop,
@@ -171,10 +171,6 @@ def cell(name: str, rows: int, context: int, with_peers: bool, compiled: bool = 
         obstacle=obstacle,
         step=work,
     )
-
-
-def _no_definition(*args: Any) -> Any:
-    raise NotImplementedError("a step is checked by its tokens")
 
 
 def cells(rows: int) -> list[Case]:

@@ -6,6 +6,7 @@ which are compared before anything is timed.
 """
 
 import argparse
+import copy
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,14 +17,13 @@ from torch import Tensor
 from tritium.runtime.batch import Batch
 from tritium.runtime.decoder import Decoder
 from tritium.runtime.errors import TritiumError
-from tritium.runtime.hf_config import config_from_spec
 from tritium.runtime.kv_cache import KVCache
 from tritium.runtime.loading import load_model, pick_device
 from tritium.runtime.plan import Mlp
 from tritium.runtime.registry import get_family
-from tritium.runtime.weight_map import WeightMap
 
 from .harness import Timing, environment, interleaved, table, write
+from .subject import twin_of
 
 # Qwen3-shaped: a pocket model, where overhead shows, and one of 135M parameters, where matrices do.
 COMMON = {"num_layers": 30, "context_length": 2048, "norm_eps": 1e-6, "rope_base": 1e6, "rope_scaling": None}
@@ -56,23 +56,8 @@ def build(shape: dict[str, Any], device: torch.device) -> Decoder:
 
 
 def transformers_twin(model: Decoder) -> Any:
-    """`transformers`' model with the same weights."""
-    try:
-        from transformers import AutoConfig, AutoModelForCausalLM
-    except ImportError:
-        raise TritiumError("this benchmark compares with transformers: pip install 'tritium[dev]'") from None
-    family = get_family(model.config.family)
-    values = config_from_spec(family, model.config)
-    config = AutoConfig.for_model(values.pop("model_type"), **values, pad_token_id=0)
-    with torch.device(model.device):
-        twin = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
-    parameters = dict(model.named_parameters())
-    pieces = WeightMap(family, model.config, parameters.items()).pieces.values()
-    state = {piece.source: piece.read(parameters[piece.parameter].detach()) for piece in pieces}
-    missing, unexpected = twin.load_state_dict(state, strict=False)
-    assert not unexpected, unexpected
-    assert set(missing) <= {"lm_head.weight"}, missing  # tied
-    return twin.eval()
+    """`transformers`' model with copies of the same weights: contenders do not share what a cache of the CPU holds."""
+    return copy.deepcopy(twin_of(model))
 
 
 def floor_step(model: Decoder, rows: int) -> Callable[[], None]:

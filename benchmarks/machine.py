@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from tritium.kernels.quantised_linear import BLOCK
 from tritium.runtime.kv_cache import PAGE_SIZE
 from tritium.runtime.quantisation import HEAD_BITS, SCHEMES
 from tritium.runtime.spec import ModelSpec
@@ -20,8 +21,6 @@ DENSE = 5  # phases: norm + QKV, attention, projection, norm + gate-up, down
 MIXTURE = 3 + 1 + 1 + 7  # the first three, norm, router, and what kernels/ has for the rest
 WITHIN = 2  # beside the layers: embedding, norm + head
 BEHIND = 2  # sampling, and the advance to the next step: launches in any form
-BLOCK = 64  # along K, with 4 bits: one scale each
-
 PARTS = ("weights", "cache", "logits", "products", "launches", "barriers")
 MEMORY = PARTS[:3]
 """The parts of a floor, and those of them that memory takes."""

@@ -17,7 +17,8 @@ from tritium.runtime.batch import Batch
 from tritium.runtime.kv_cache import KVCache
 
 from . import cells
-from .case import Call, Case, Draw, Prepare
+from .case import Call, Case, Draw, Prepare, no_definition
+from .machine import decode_step
 from .shapes import ITEM, MODELS, projections, spec
 from .subject import Subject, subject
 
@@ -64,7 +65,7 @@ def prefill(name: str, length: int) -> Case:
         name=f"{name} prefill {length}",
         make=make,
         ours=through("triton"),
-        definition=_no_definition,
+        definition=no_definition,
         reads=_weight_bytes(name),
         writes=0,
         flop=shape.num_cache_slots * (2 * matrices * length + attention) + 2 * head,
@@ -108,7 +109,7 @@ def generation(name: str, prompt: int, steps: int) -> Case:
         name=f"{name} generate",
         make=make,
         ours=through("triton"),
-        definition=_no_definition,
+        definition=no_definition,
         reads=_weight_bytes(name),
         writes=0,
         flop=2 * _weight_bytes(name) // ITEM,
@@ -121,15 +122,9 @@ def generation(name: str, prompt: int, steps: int) -> Case:
     )
 
 
-def _no_definition(*args: Any) -> Any:
-    raise NotImplementedError("a model is checked by its logits")
-
-
 def _weight_bytes(name: str) -> int:
     """The weight matrices, which one forward reads at least; vectors and the rows of an embedding are as nothing."""
-    parts = {part: n * k for part, (n, k) in projections(name).items()}
-    head = parts.pop("head")
-    return (spec(name).num_layers * sum(parts.values()) + head) * ITEM
+    return decode_step(spec(name), 1, 0.0, ITEM).weights
 
 
 CASES = [

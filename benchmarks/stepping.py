@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from tritium.runtime.batch import Batch
 from tritium.runtime.decoder import Decoder
-from tritium.runtime.decoding import ROUND, Decoding
+from tritium.runtime.decoding import Decoding, room
 from tritium.runtime.generation import SamplingOptions
-from tritium.runtime.kv_cache import PAGE_SIZE, KVCache
+from tritium.runtime.kv_cache import KVCache
 from tritium.runtime.persistent import persists
 from tritium.runtime.spec import ModelSpec
 
@@ -45,17 +45,11 @@ def no_room(
     scheme: str | None = None,
 ) -> str | None:
     """Why so many parameters and a cache of `rows` sequences of `context` tokens do not fit a device now, in words."""
-    needed = SLACK * footprint(spec, parameters, rows, room(spec, context), item, scheme)
+    needed = SLACK * footprint(spec, parameters, rows, room(context, spec.context_length), item, scheme)
     needed += FLUSH if device.type == "cuda" else 0
     if (free := free_bytes(device)) is not None and needed > free:
         return f"needs {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free"
     return None
-
-
-def room(spec: ModelSpec, context: int) -> int:
-    """Tokens that the cache of a decode loop has room for where `context` are asked for: see runtime/decoding.py."""
-    step = ROUND * PAGE_SIZE
-    return min(-(-context // step) * step, spec.context_length)
 
 
 def span_of(context: int) -> int:
@@ -88,7 +82,7 @@ class Filled:
         if self._cache is None:
             model = self._model
             with torch.inference_mode():
-                capacity = room(model.config, self.context)
+                capacity = room(self.context, model.config.context_length)
                 self.lend(KVCache(model.config, len(self.rows), capacity, model.dtype, model.device))
         assert self._cache is not None
         return self._cache
@@ -96,7 +90,7 @@ class Filled:
     @torch.inference_mode()
     def lend(self, cache: KVCache) -> None:
         """Has a cache use the pool. The first that comes gives its own: two might have no room beside each other."""
-        assert cache.capacity == room(self._model.config, self.context)
+        assert cache.capacity == room(self.context, self._model.config.context_length)
         if self._cache is None:
             self._cache = copy.copy(cache)
             generator = torch.Generator(cache.device).manual_seed(self._seed)

@@ -3,11 +3,13 @@
 import copy
 import functools
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tritium.runtime.decoder import Decoder
+from tritium.runtime.errors import TritiumError
 from tritium.runtime.hf_config import config_from_spec
 from tritium.runtime.loading import load_model
 from tritium.runtime.registry import get_family
@@ -74,26 +76,33 @@ def subject(name: str, device: torch.device) -> Subject:
     return _held[name, device]
 
 
-def twin_of(model: Decoder) -> Any:
-    """`transformers`' model over views of the same parameters. Only rows that a checkpoint holds in another order are
-    copies, so that the twin of a large model has room beside it.
+def twin_of(model: Decoder, trained: bool = False) -> Any:
+    """`transformers`' model over views of the same parameters; `trained`: and over views of their gradients, which must
+    be there. Only rows that a checkpoint holds in another order are copies, so that the twin of a large model has room
+    beside it. Raises TritiumError where `transformers` is not installed.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError:
+        raise TritiumError("this benchmark compares with transformers: pip install 'tritium[dev]'") from None
     family = get_family(model.config.family)
     values = config_from_spec(family, model.config)
-    config = AutoConfig.for_model(values.pop("model_type"), **values, pad_token_id=0)
+    config = AutoConfig.for_model(values.pop("model_type"), **values, pad_token_id=None)  # a pad would have no gradient
     with torch.device("meta"):
         twin = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
 
-    def share(name: str, tensor: Tensor) -> None:
+    def share(name: str, owner: Tensor, read: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
         holder, _, leaf = name.rpartition(".")
-        setattr(twin.get_submodule(holder), leaf, nn.Parameter(tensor, requires_grad=False))
+        shared = nn.Parameter(read(owner.detach()), requires_grad=trained)
+        if trained:
+            assert owner.grad is not None
+            shared.grad = read(owner.grad)
+        setattr(twin.get_submodule(holder), leaf, shared)
 
-    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    parameters = dict(model.named_parameters())
     for piece in WeightMap(family, model.config, model.named_parameters()).pieces.values():
         if ".experts." not in piece.source:
-            share(piece.source, piece.read(parameters[piece.parameter]))
+            share(piece.source, parameters[piece.parameter], piece.read)
     for index, has_experts in enumerate(model.config.expert_layers):  # which it keeps stacked, as we do
         if has_experts:
             for ours, theirs in (("up", "gate_up_proj"), ("down", "down_proj")):
@@ -105,4 +114,4 @@ def twin_of(model: Decoder) -> Any:
             with torch.device(model.device):
                 module._buffers.update(type(module)(config)._buffers)
     assert not any(tensor.is_meta for tensor in (*twin.parameters(), *twin.buffers()))
-    return twin.eval()
+    return twin.train(trained)

@@ -21,13 +21,11 @@ from torch import Tensor, nn
 from tritium.runtime.accuracy import MAXIMUM
 from tritium.runtime.batch import Batch
 from tritium.runtime.decoder import Decoder
-from tritium.runtime.hf_config import config_from_spec
 from tritium.runtime.loading import load_model
-from tritium.runtime.registry import get_family
-from tritium.runtime.weight_map import WeightMap
 
-from .case import Call, Case, Draw, Prepare
+from .case import Call, Case, Draw, Prepare, no_definition
 from .shapes import projections, spec
+from .subject import twin_of
 
 LENGTH = 4096
 SHAPES = ("qwen3 0.6B", "mobilellm 950m")
@@ -50,26 +48,6 @@ class Subject:
         model = copy.deepcopy(self.model, shared)
         model.enable_gradient_checkpointing(keep is not None, keep or "nothing")
         return model.compute_in(dtype).use_backend(backend, **modes)
-
-    def twin(self) -> Any:
-        """`transformers`' model over views of the same parameters and gradients."""
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        family = get_family(self.model.config.family)
-        values = config_from_spec(family, self.model.config)
-        config = AutoConfig.for_model(values.pop("model_type"), **values, pad_token_id=None)  # a pad has no gradient
-        with torch.device(self.model.device):
-            twin = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        parameters = dict(self.model.named_parameters())
-        for piece in WeightMap(family, self.model.config, parameters.items()).pieces.values():
-            holder, _, leaf = piece.source.rpartition(".")
-            owner = parameters[piece.parameter]
-            shared = nn.Parameter(piece.read(owner.detach()))
-            assert owner.grad is not None
-            shared.grad = piece.read(owner.grad)
-            setattr(twin.get_submodule(holder), leaf, shared)
-        twin.tie_weights()
-        return twin.train()
 
     def step(self, loss: Callable[[], Tensor]) -> Tensor:
         """One step on a loss; gives the loss. The gradients stay where they are."""
@@ -150,7 +128,7 @@ def step(name: str, length: int) -> Case:
         def bind(of: Subject, tokens: Tensor) -> Callable[[], Tensor]:
             if how == "compiled" and not tokens.is_cuda:
                 raise RuntimeError("compared on a GPU only")
-            model, ids = of.twin(), tokens[None]
+            model, ids = twin_of(of.model, trained=True), tokens[None]
             if how == "liger":
                 import_module("liger_kernel.transformers")._apply_liger_kernel_to_instance(model=model)
             forward = torch.compile(model) if how == "compiled" else model
@@ -185,7 +163,7 @@ def step(name: str, length: int) -> Case:
         name=f"{name} {length} tokens",
         make=make,
         ours=through("triton", batch_invariant=False),
-        definition=_no_definition,
+        definition=no_definition,
         reads=16 * parameters,  # the optimizer's: parameter, gradient and both moments, which it also writes back
         writes=12 * parameters,
         flop=3 * (2 * (matrices + shape.vocab_size * shape.embedding_dim) * length + attention),
@@ -205,10 +183,6 @@ def step(name: str, length: int) -> Case:
         host=True,
         memory=True,
     )
-
-
-def _no_definition(*args: Any) -> Any:
-    raise NotImplementedError("a training step is checked by its loss and gradients")
 
 
 CASES = [step(name, LENGTH) for name in SHAPES]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import tuning
-from .launch import launch, obstacle, register, tl, triton
+from .launch import launch, register, require_able, tl, triton
 from .overlap import dependent, start, wait
 
 NOTHING = -2
@@ -138,8 +138,7 @@ def advance(
     """The kernel. Every tensor is contiguous. Raises RuntimeError where no kernel can run, ValueError for what does not
     fit. A step past the end of `history` is not noted.
     """
-    if not sampled.is_meta and (why := obstacle(sampled.device)) is not None:
-        raise RuntimeError(f"a Triton kernel cannot run here: {why}; the definition (`*_reference`) runs anywhere")
+    require_able(sampled)
     rows, steps = sampled.shape[0], history.shape[0]
     wanted = {
         "sampled": (sampled, (rows,), torch.int64),

@@ -34,7 +34,7 @@ from .launch import launch, register, require, tl, triton
 from .linear import _unit_columns, linear_reference, linear_residual_reference
 from .linear_phase import linear_phase
 from .overlap import dependent
-from .quantised_linear import BLOCK, _aligned, quantised_linear_reference
+from .quantised_linear import _aligned, bits_of, quantised_linear_reference, quantised_shapes
 from .rms_norm import rms_norm_reference
 from .swiglu import swiglu_reference
 
@@ -270,20 +270,13 @@ def _run(
     if gated and height % 2:
         raise ValueError(f"a gated weight must have as many up rows as gate rows, got {height} in all")
     width = height // 2 if gated else height
-    bits = 8 * x.itemsize if scale is None else {torch.int8: 8, torch.uint8: 4}.get(weight.dtype, 0)
-    if not bits:
-        raise TypeError(f"a weight with a scale must be int8 (8 bits) or uint8 (4 bits), got {weight.dtype}")
-    blocks = triton.cdiv(depth, BLOCK)
+    bits = 8 * x.itemsize if scale is None else bits_of(weight)
+    stored, scaled = quantised_shapes(height, depth, bits)
     for name, tensor, shape, dtype in (
         ("norm_weight", norm_weight, (depth,), x.dtype),
-        (
-            "weight",
-            weight,
-            (height, blocks * BLOCK // 2 if bits == 4 else depth),
-            x.dtype if bits > 8 else weight.dtype,
-        ),
+        ("weight", weight, (height, depth) if scale is None else stored, x.dtype if scale is None else weight.dtype),
         ("bias", bias, (height,), x.dtype),
-        ("scale", scale, (height, blocks) if bits == 4 else (height,), None if bits == 4 else torch.float32),
+        ("scale", scale, scaled, None if bits == 4 else torch.float32),
         ("residual", residual, (num_rows, width), x.dtype),
         ("out", out, (num_rows, width), x.dtype),
     ):

@@ -37,6 +37,7 @@ from torch import Tensor
 
 from . import decode_attention as _attention
 from . import qk_norm_rope as _rope
+from . import rope_decode_attention as _rope_decode
 from . import tuning
 from .decode_linear import (
     decode_linear_residual_reference,
@@ -110,13 +111,10 @@ def _multiprocessors(index: int) -> int:
 
 def _all_at_once(device: torch.device, a_multiprocessor: int) -> int:
     """How many programs a launch has: as many as the device runs at one time."""
-    if (
-        INTERPRETED or device.type != "cuda"
-    ):  # the interpreter runs them one after another: a second would wait for ever
+    if INTERPRETED or device.type != "cuda":  # the interpreter runs one after another: a second would wait for ever
         return 1
-    return a_multiprocessor * _multiprocessors(
-        device.index if device.index is not None else torch.cuda.current_device()
-    )
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return a_multiprocessor * _multiprocessors(index)
 
 
 def decode_step(
@@ -295,13 +293,8 @@ def _tile(x: Tensor, weight: Tensor, bits: int, gated: bool = False) -> tuple[An
 
 def _blocks(like: Tensor, group: int, head_dim: int, page_size: int) -> tuple[int, ...]:
     """What `rope_decode_attention_phase` takes from BLOCK_G to BLOCK_S: of its own rows."""
-    block_d, padded = max(16, triton.next_power_of_2(head_dim)), triton.next_power_of_2(group)
-    key = {"head_dim": head_dim, "itemsize": like.itemsize, "group": group, "programs": 1}
-    row = tuning.config("rope_decode_attention", like.device, **key)
-    merged = row["MERGED"] // block_d
-    merged_g = min(merged, padded)
-    block_n = min(row["BLOCK_N"], page_size)
-    return max(16, padded), block_d, block_n, merged_g, merged // merged_g
+    row = _rope_decode.launch_row(like, group, head_dim, page_size, programs=1)
+    return tuple(row[name] for name in ("BLOCK_G", "BLOCK_D", "BLOCK_N", "MERGED_G", "BLOCK_S"))
 
 
 def _flat(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:

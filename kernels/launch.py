@@ -78,14 +78,19 @@ def computes_bfloat16() -> bool:
     return bool(getattr(InterpreterBuilder, "computes_bfloat16", False))
 
 
+def require_able(x: Tensor) -> None:
+    """Raises RuntimeError where no kernel can run on tensors such as this one."""
+    if not x.is_meta and (why := obstacle(x.device, x.dtype)) is not None:
+        raise RuntimeError(f"a Triton kernel cannot run here: {why}; the definition (`*_reference`) runs anywhere")
+
+
 def require(x: Tensor, *others: Tensor | None) -> None:
     """Raises what a caller's mistake deserves: kernels that cannot run here, a wrong dtype, tensors apart, a gradient
     that would be lost.
 
     Meta tensors pass: they are compiled for, not computed with.
     """
-    if not x.is_meta and (why := obstacle(x.device, x.dtype)) is not None:
-        raise RuntimeError(f"a Triton kernel cannot run here: {why}; the definition (`*_reference`) runs anywhere")
+    require_able(x)
     if x.dtype not in DTYPES:
         raise TypeError(f"a kernel takes {', '.join(map(str, DTYPES))}, got {x.dtype}")
     for other in others:

@@ -66,6 +66,20 @@ def linear_swiglu_reference(x: Tensor, weight: Tensor, bias: Tensor | None = Non
 
 
 @triton.jit
+def owned_block(num_tokens, N, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr):
+    """Where the program's block begins: its first weight row, and its first token.
+
+    GROUP blocks of weight rows pass over all tokens before the next ones begin: what runs at one time shares the L2.
+    """
+    pid = tl.program_id(0)
+    num_blocks_m = tl.cdiv(num_tokens, BLOCK_M)
+    first = pid // (GROUP * num_blocks_m) * GROUP
+    size = tl.minimum(tl.cdiv(N, ROWS) - first, GROUP)
+    within = pid % (GROUP * num_blocks_m)
+    return (first + within % size) * ROWS, within // size * BLOCK_M
+
+
+@triton.jit
 def _tile(pointers, row, k, m_rows, o_k, K, EVEN_K: tl.constexpr, TMA: tl.constexpr):
     """One [rows, BLOCK_K] tile at column k, zero beyond the edges. With TMA, `pointers` is a descriptor."""
     if TMA:
@@ -127,15 +141,7 @@ def _linear_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    # GROUP blocks of weight rows pass over all tokens before the next ones begin: what runs at one time shares the L2.
-    pid = tl.program_id(0)
-    num_blocks_m = tl.cdiv(num_tokens, BLOCK_M)
-    first = pid // (GROUP * num_blocks_m) * GROUP
-    size = tl.minimum(tl.cdiv(N, ROWS) - first, GROUP)
-    within = pid % (GROUP * num_blocks_m)
-    start_n = (first + within % size) * ROWS
-    start_m = within // size * BLOCK_M
-
+    start_n, start_m = owned_block(num_tokens, N, ROWS, BLOCK_M, GROUP)
     local = tl.arange(0, BLOCK_N)
     o_n = start_n + local
     o_m = start_m + tl.arange(0, BLOCK_M)

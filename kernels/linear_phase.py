@@ -8,7 +8,7 @@ rows keep all warps busy. Weight rows are the matrix instruction's left operand,
 from .launch import tl, triton
 from .linear import _add_product, _finish
 from .overlap import arrive, prefetch, start, wait
-from .sampling import _keys
+from .sampling import packed_keys
 
 
 @triton.jit
@@ -240,7 +240,7 @@ def linear_phase(
             y = activated * y_up.to(dtype).to(tl.float32)
         if BEST:
             y = tl.where((o_n < limit)[:, None], y, float("-inf"))
-            packed = (_keys(y.to(dtype), dtype.primitive_bitwidth).to(tl.int64) << 31) + (0x7FFFFFFF - o_n)[:, None]
+            packed = packed_keys(y.to(dtype), o_n[:, None], dtype.primitive_bitwidth)
             best = tl.max(tl.where(m_n[:, None], packed, 0), axis=0)
             tl.atomic_max(best_ptr + o_m * stride_best, best, mask=m_m, sem="relaxed")
         _finish(y, o_m, o_n, m_n, y_ptr, residual_ptr, num_rows, N, stride_residual, HAS_RESIDUAL)

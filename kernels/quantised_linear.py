@@ -29,11 +29,12 @@ from torch import Tensor
 
 from . import tuning
 from .launch import launch, register, require, tl, triton
-from .linear import _add_product, _finish, _tile, _unit_columns
+from .linear import _add_product, _finish, _tile, _unit_columns, owned_block
 from .rms_norm import wide_dtype
 
 BLOCK = 64  # elements along K that share a scale, of 4 bits
 SHRINKS = (1.0, 0.95, 0.9, 0.85)  # of the scale that spans a block: what it clips, the rest gains
+BITS = {torch.int8: 8, torch.uint8: 4}  # by the dtype of values
 AT_ONCE = 2**20  # elements whose temporaries are there at one time
 
 
@@ -48,6 +49,13 @@ def quantised_shapes(rows: int, width: int, bits: int) -> tuple[tuple[int, ...],
     """Of values and of scale, for a weight [rows, width]."""
     blocks = -(-width // BLOCK)
     return ((rows, width), (rows,)) if bits == 8 else ((rows, blocks * BLOCK // 2), (rows, blocks))
+
+
+def bits_of(weight: Tensor) -> int:
+    """Of a weight that comes with a scale. Raises TypeError for one that is in neither 8 nor 4."""
+    if weight.dtype not in BITS:
+        raise TypeError(f"a weight with a scale must be int8 (8 bits) or uint8 (4 bits), got {weight.dtype}")
+    return BITS[weight.dtype]
 
 
 @torch.no_grad()
@@ -128,14 +136,9 @@ def _quantised_linear_kernel(
     BLOCK_K: tl.constexpr,  # 4 bits: a block's 64
     GROUP: tl.constexpr,
 ):
-    # GROUP blocks of weight rows pass over all tokens before the next ones begin: what runs at one time shares the L2.
-    pid = tl.program_id(0)
-    num_blocks_m = tl.cdiv(num_tokens, BLOCK_M)
-    first = pid // (GROUP * num_blocks_m) * GROUP
-    size = tl.minimum(tl.cdiv(N, BLOCK_N) - first, GROUP)
-    within = pid % (GROUP * num_blocks_m)
-    o_n = (first + within % size) * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_m = within // size * BLOCK_M + tl.arange(0, BLOCK_M)
+    start_n, start_m = owned_block(num_tokens, N, BLOCK_N, BLOCK_M, GROUP)
+    o_n = start_n + tl.arange(0, BLOCK_N)
+    o_m = start_m + tl.arange(0, BLOCK_M)
     m_n = o_n < N
     m_m = o_m < num_tokens
     WIDTH: tl.constexpr = BLOCK_K * BITS // 8  # bytes of a row that a step reads, and columns that a product takes
@@ -173,9 +176,9 @@ def quantised_linear(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | No
     Raises RuntimeError where no kernel can run, TypeError and ValueError for what does not fit.
     """
     require(x, values, scale, bias)
-    if values.dtype not in (torch.int8, torch.uint8):
+    if values.dtype not in BITS:
         raise TypeError(f"values must be int8 (8 bits) or uint8 (4 bits), got {values.dtype}")
-    bits = 8 if values.dtype == torch.int8 else 4
+    bits = BITS[values.dtype]
     if x.dim() != 2 or values.dim() != 2:
         raise ValueError(f"x must be [T, K] and values [N, bytes], got {list(x.shape)} and {list(values.shape)}")
     tokens, depth = x.shape

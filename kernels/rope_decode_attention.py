@@ -21,7 +21,7 @@ pages adds 8 * Hq * D bytes a page, written and read back from the L2.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -360,8 +360,7 @@ def rope_decode_attention(
     _rope.check_cache(qkv, num_kv_heads, head_dim, k_cache, v_cache, slots)
     heads = qkv.unflatten(1, (-1, head_dim))[:, :num_heads]
     _attention.check(heads, k_cache, v_cache, page_table, lengths, window)
-    group, block_d = num_heads // num_kv_heads, max(16, triton.next_power_of_2(head_dim))
-    padded = triton.next_power_of_2(group)
+    group = num_heads // num_kv_heads
     if not holds(group, head_dim, qkv.element_size()):
         raise ValueError(
             f"{group} query heads of {head_dim} {qkv.dtype} share a key/value head: padded to powers of two they must "
@@ -391,12 +390,7 @@ def rope_decode_attention(
     lengths = lengths.contiguous()
     weight = weight.contiguous() if norm and weight is not None else None
     programs = rows * num_kv_heads * splits
-    key = {"head_dim": head_dim, "itemsize": qkv.element_size(), "group": group, "programs": programs}
-    options = dict(tuning.config("rope_decode_attention", qkv.device, **key))
-    options["BLOCK_N"] = min(options["BLOCK_N"], page_size)
-    merged = options.pop("MERGED") // block_d  # heads times splits that are merged at a time
-    options["MERGED_G"] = min(merged, padded)
-    options["BLOCK_S"] = merged // options["MERGED_G"]
+    options = launch_row(qkv, group, head_dim, page_size, programs)
     launch(
         _rope_decode_attention_kernel,
         (programs,),
@@ -432,12 +426,21 @@ def rope_decode_attention(
         NORM_FIRST=norm_first or table is None,
         HAS_SCALE=query_scale is not None,
         HAS_WINDOW=window is not None,
-        BLOCK_G=max(16, padded),
-        BLOCK_D=block_d,
         **dependent(qkv.device, chained),
         **options,
     )
     return out
+
+
+def launch_row(like: Tensor, group: int, head_dim: int, page_size: int, programs: int) -> dict[str, Any]:
+    """What the tables say of such a shape, and the blocks that follow from it: launch arguments."""
+    key = {"head_dim": head_dim, "itemsize": like.element_size(), "group": group, "programs": programs}
+    options = dict(tuning.config("rope_decode_attention", like.device, **key))
+    block_d, padded = max(16, triton.next_power_of_2(head_dim)), triton.next_power_of_2(group)
+    merged = options.pop("MERGED") // block_d  # heads times splits that are merged at a time
+    blocks = {"BLOCK_G": max(16, padded), "BLOCK_D": block_d, "BLOCK_N": min(options["BLOCK_N"], page_size)}
+    merged_g = min(merged, padded)
+    return {**options, **blocks, "MERGED_G": merged_g, "BLOCK_S": merged // merged_g}
 
 
 register(

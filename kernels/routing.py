@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from . import tuning
-from .launch import launch, obstacle, register, require, tl, triton
+from .launch import launch, register, require, require_able, tl, triton
 from .rms_norm import wide
 
 MOST_EXPERTS = 1024  # what one program holds a row of
@@ -190,8 +190,7 @@ def group(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     An id that is not 0 to num_experts - 1 places its assignment nowhere: order holds those that are placed, starts[-1]
     in all, and then zeros. Raises RuntimeError where no kernel can run, TypeError and ValueError for what does not fit.
     """
-    if not experts.is_meta and (why := obstacle(experts.device)) is not None:
-        raise RuntimeError(f"a Triton kernel cannot run here: {why}; the definition (`*_reference`) runs anywhere")
+    require_able(experts)
     if experts.dtype != torch.int32:
         raise TypeError(f"experts must be torch.int32, as route gives them, got {experts.dtype}")
     if experts.dim() != 2 or experts.numel() > MOST_ASSIGNMENTS:

@@ -103,6 +103,12 @@ def _keys(x, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def packed_keys(x, token, WIDTH: tl.constexpr):
+    """Logits of WIDTH bits with their tokens: the largest is that of the likeliest, of equals of the first."""
+    return (_keys(x, WIDTH).to(tl.int64) << 31) + (0x7FFFFFFF - token)
+
+
+@triton.jit
 def _logit(key, WIDTH: tl.constexpr, DTYPE: tl.constexpr):
     """What has this key, in float32."""
     SIGN: tl.constexpr = 1 << (WIDTH - 1)
@@ -155,7 +161,7 @@ def _best_kernel(
     row = (tl.program_id(0) // chunks).to(tl.int64)
     o_v = tl.program_id(0) % chunks * CHUNK + tl.arange(0, CHUNK)
     x = tl.load(logits_ptr + row * stride_x + o_v, mask=o_v < V, other=0.0)
-    packed = (_keys(x, WIDTH).to(tl.int64) << 31) + (0x7FFFFFFF - o_v)
+    packed = packed_keys(x, o_v, WIDTH)
     tl.atomic_max(work_ptr + row * stride_w, tl.max(tl.where(o_v < V, packed, 0), axis=0), sem="relaxed")
 
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .launch import tl, triton
-from .quantised_linear import BLOCK
+from .launch import tl
+from .quantised_linear import bits_of, quantised_shapes
 from .rope_decode_attention import Scratch, rope_decode_attention_scratch
 
 FAR = 1 << 30  # the window of a layer that has none
@@ -126,12 +126,10 @@ def check_layers(layers: StepLayers, embedding: Tensor, num_heads: int, num_kv_h
     """The bits of a layer's weights. Raises TypeError and ValueError where the layers do not fit or are not alike."""
     number, width, dtype = len(layers.rotates), embedding.shape[1], embedding.dtype
     quantised = layers.qkv_scales is not None
-    stored = layers.qkv_weights[0].dtype if number else dtype
-    bits = {torch.int8: 8, torch.uint8: 4}.get(stored, 0) if quantised else 8 * dtype.itemsize
-    if not bits:
-        raise TypeError(f"weights with scales must be int8 (8 bits) or uint8 (4 bits), got {stored}")
     if not number:
         raise ValueError("there must be a layer")
+    stored = layers.qkv_weights[0].dtype
+    bits = bits_of(layers.qkv_weights[0]) if quantised else 8 * dtype.itemsize
     head_dim, tall = layers.k_caches[0].shape[-1], layers.up_weights[0].shape[0]
     attended = num_heads * head_dim
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
@@ -147,10 +145,10 @@ def check_layers(layers: StepLayers, embedding: Tensor, num_heads: int, num_kv_h
         ("up", tall, width),
         ("down", width, tall // 2),
     ):
-        blocks = triton.cdiv(depth, BLOCK)
-        shapes[f"{name}_weights"] = (height, blocks * BLOCK // 2 if bits == 4 else depth), stored
+        values, scale = quantised_shapes(height, depth, bits)
+        shapes[f"{name}_weights"] = values if quantised else (height, depth), stored
         shapes[f"{name}_biases"] = (height,), dtype
-        shapes[f"{name}_scales"] = ((height, blocks), dtype) if bits == 4 else ((height,), torch.float32)
+        shapes[f"{name}_scales"] = scale, dtype if bits == 4 else torch.float32
         if quantised != (getattr(layers, f"{name}_scales") is not None):
             raise ValueError("all projections of the layers are quantised, or none is")
     for name, (shape, wanted) in shapes.items():

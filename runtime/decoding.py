@@ -34,6 +34,12 @@ def bucket(rows: int) -> int:
     return 1 << (rows - 1).bit_length() if rows <= 16 else -(-rows // 16) * 16
 
 
+def room(tokens: int, context: int) -> int:
+    """The capacity of a cache that is asked to hold so many tokens, in a model of this context."""
+    step = ROUND * PAGE_SIZE
+    return min(-(-tokens // step) * step, context)
+
+
 class Decoding:
     """The decode steps of up to `rows` sequences, with their cache; used again for other prompts by `begin`."""
 
@@ -52,12 +58,13 @@ class Decoding:
         `stops`; `form` as in persistent.py. Raises TritiumError where the cache does not fit.
         """
         device = model.device
+        self.key: tuple[Any, ...] = ()  # what sessions.py knows it by, and when it was taken there
+        self.epoch = 0
         self.model, self.plan = model, plan
         self.rows, width = rows, bucket(rows)
-        pages = -(-capacity // (ROUND * PAGE_SIZE)) * ROUND
-        self.capacity = min(pages * PAGE_SIZE, model.config.context_length)
+        self.capacity = room(capacity, model.config.context_length)
         self.cache = KVCache(model.local_config, rows, self.capacity, dtype=model.dtype, device=device)
-        self._sampling = (options.temperature, options.top_k, options.top_p)
+        self._sampling = options.choice
         self._workspace = Workspace(None if vocabulary == model.config.vocab_size else vocabulary, self._sampling)
         kernels = model.kernels
         if kernels.decode is not None:
@@ -177,15 +184,15 @@ class Decoding:
         """One token more for every row that has not ended: enqueued, not waited for."""
         pages = self._batch.page_table.shape[1]
         pages = min(pages, 1 << (-(-self._longest // PAGE_SIZE) - 1).bit_length())
-        self._batch.lengths = [min(pages * PAGE_SIZE, self.capacity)] * len(self._batch.lengths)
-        if self.tokens.is_cuda and pages in self._warm:
-            if pages not in self._graphs:
-                self._graphs[pages] = self._captured()
-            self._graphs[pages].replay()
-            self._longest += 1
-        else:  # compiles what was never compiled, which a capture may not
-            self._compute()
-            self._warm.add(pages)
+        if pages not in self._graphs:
+            self._batch.lengths = [min(pages * PAGE_SIZE, self.capacity)] * len(self._batch.lengths)
+            if not self.tokens.is_cuda or pages not in self._warm:  # compiles what a capture may not compile
+                self._compute()
+                self._warm.add(pages)
+                return
+            self._graphs[pages] = self._captured()
+        self._graphs[pages].replay()
+        self._longest += 1
 
     def _compute(self) -> None:
         self._workspace.begin()

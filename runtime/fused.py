@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..kernels.decode_attention import most_splits
 from ..kernels.rope_decode_attention import holds, rope_decode_attention_scratch
 from ..kernels.sampling import Scratch, sample_scratch
 from .batch import Batch
@@ -68,9 +69,9 @@ def fuse(plain: KernelSet, operations: "Operations", workspace: Workspace | None
         return {} if workspace is None else {"out": workspace.tensor(name, like, like.shape[0], width)}
 
     def norm_linear(x: Tensor, norm: Norm | None, linear: Dense) -> tuple[Tensor, Tensor]:
-        if not (_holds(norm) and type(linear) in FUSED):
+        if not (holds_norm(norm) and type(linear) in FUSED):
             return plain.norm_linear(x, norm, linear)
-        return x, operations.norm_linear(x, *_norm(norm), *_weight(linear), **into("qkv", x, linear.weight.shape[0]))
+        return x, operations.norm_linear(x, *_norm(norm), *stored(linear), **into("qkv", x, linear.weight.shape[0]))
 
     def qk_norm_rope_cache(
         qkv: Tensor, attention: Attention, batch: Batch
@@ -89,7 +90,7 @@ def fuse(plain: KernelSet, operations: "Operations", workspace: Workspace | None
         rows, heads, head_dim = qkv.shape[0], attention.num_heads, keys.shape[-1]
         given: dict[str, Any] = {}
         if workspace is not None:
-            pages = min(-(-batch.longest // PAGE_SIZE), batch.page_table.shape[1])
+            pages = most_splits(batch.page_table.shape[1], PAGE_SIZE, attention.window, batch.longest)
             shape = (rows, heads, attention.num_kv_heads, head_dim, pages)
             given["out"] = workspace.tensor("attended", qkv, rows, heads, head_dim)
             given["scratch"] = workspace.hold(
@@ -121,19 +122,19 @@ def fuse(plain: KernelSet, operations: "Operations", workspace: Workspace | None
     def linear_residual(x: Tensor, linear: Dense, stream: Tensor) -> Tensor:
         if type(linear) not in FUSED:
             return plain.linear_residual(x, linear, stream)
-        weight, bias, scale = _weight(linear)
+        weight, bias, scale = stored(linear)
         given = {} if workspace is None else {"out": stream}
         return operations.decode_linear_residual(x, weight, bias, stream, scale, **given)
 
     def norm_gate_up_act(x: Tensor, norm: Norm | None, mlp: Mlp) -> tuple[Tensor, Tensor]:
-        if not (_holds(norm) and mlp.kind == "gated" and type(mlp.up) in FUSED):
+        if not (holds_norm(norm) and mlp.kind == "gated" and type(mlp.up) in FUSED):
             return plain.norm_gate_up_act(x, norm, mlp)
         width = mlp.up.weight.shape[0] // 2
-        return x, operations.norm_linear_swiglu(x, *_norm(norm), *_weight(mlp.up), **into("hidden", x, width))
+        return x, operations.norm_linear_swiglu(x, *_norm(norm), *stored(mlp.up), **into("hidden", x, width))
 
     def norm_head(x: Tensor, norm: Norm | None, head: Dense) -> tuple[Tensor | None, Tensor]:
         limit = None if workspace is None else workspace.limit
-        if not (_holds(norm) and type(head) in FUSED):
+        if not (holds_norm(norm) and type(head) in FUSED):
             hidden, logits = plain.norm_head(x, norm, head)
             if limit is not None:
                 logits[:, limit:] = float("-inf")
@@ -142,7 +143,7 @@ def fuse(plain: KernelSet, operations: "Operations", workspace: Workspace | None
         if workspace is not None:
             given["best"] = workspace.scratch_of(given["out"]).work[:, 0]
             workspace.begun = True
-        weight, _, scale = _weight(head)
+        weight, _, scale = stored(head)
         return None, operations.norm_head(x, *_norm(norm), weight, scale, limit, **given)[0]
 
     def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform: Tensor | None) -> Tensor:
@@ -169,7 +170,7 @@ def fuse(plain: KernelSet, operations: "Operations", workspace: Workspace | None
     )
 
 
-def _holds(norm: Norm | None) -> bool:
+def holds_norm(norm: Norm | None) -> bool:
     """Whether the fused kernels have this norm: RMSNorm, with the stream going on as it was before."""
     return norm is None or (norm.kind == "rms" and not norm.replaces_stream)
 
@@ -184,6 +185,6 @@ def _norm(norm: Norm | None) -> tuple[Tensor | None, float]:
     return (None, 0.0) if norm is None else (norm.weight, norm.eps)
 
 
-def _weight(linear: Dense) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def stored(linear: Dense) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(weight, bias, scale of what is quantised)."""
     return linear.weight, linear.bias, linear.scale if isinstance(linear, QuantisedDense) else None

@@ -30,6 +30,11 @@ class SamplingOptions:
     top_p: float = 0.9
     seed: int | None = None  # row r of a batch uses seed + r; None draws a fresh one
 
+    @property
+    def choice(self) -> tuple[float, int, float]:
+        """(temperature, top_k, top_p): what one token is chosen by."""
+        return self.temperature, self.top_k, self.top_p
+
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed"):
             value = getattr(self, name)
@@ -179,7 +184,7 @@ def _sampled(
         # Not a narrower view: the rows' length, and with it the kernels' wide loads, stays a round number.
         logits[:, vocabulary:] = float("-inf")
     uniform = None if uniforms is None else uniforms[:, step]
-    return model.kernels.sample(logits, options.temperature, options.top_k, options.top_p, uniform)
+    return model.kernels.sample(logits, *options.choice, uniform)
 
 
 def _check(model: "Decoder", prompts: Sequence[Sequence[int]], options: SamplingOptions) -> None:

@@ -16,7 +16,7 @@ from ..kernels.rope_decode_attention import holds
 from ..kernels.step_tables import StepLayers, misplaced, step_scratch, step_tables
 from .batch import Batch
 from .errors import TritiumError
-from .fused import FUSED, Workspace
+from .fused import FUSED, Workspace, holds_norm, stored
 from .kernel_set import KernelSet
 from .kv_cache import PAGE_SIZE
 from .plan import Dense, Experts, Layer, Norm, Plan, QuantisedDense
@@ -104,12 +104,11 @@ def _layer_obstacle(layer: Layer) -> str | None:
 
 
 def _has(norm: Norm | None) -> bool:
-    return norm is not None and norm.kind == "rms" and not norm.replaces_stream
+    return norm is not None and holds_norm(norm)
 
 
 def _tensors(linear: Dense) -> list[Tensor]:
-    found = [linear.weight, linear.bias, linear.scale if isinstance(linear, QuantisedDense) else None]
-    return [tensor for tensor in found if tensor is not None]
+    return [tensor for tensor in stored(linear) if tensor is not None]
 
 
 def _shape(layer: Layer) -> tuple[Any, ...]:

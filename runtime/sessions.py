@@ -21,8 +21,7 @@ class Sessions:
     """The last `Decoding` of a model, for whoever comes next with the same options."""
 
     def __init__(self) -> None:
-        self._kept: tuple[tuple[Any, ...], Decoding] | None = None
-        self._lent: dict[int, tuple[tuple[Any, ...], int]] = {}  # of a decoding: its key, and the epoch
+        self._kept: Decoding | None = None
         self._epoch = 0  # how often the model's weights were moved
         self._lock = threading.Lock()
 
@@ -40,33 +39,31 @@ class Sessions:
 
         Raises TritiumError where the cache of a new one does not fit.
         """
-        sampling = (options.temperature, options.top_k, options.top_p)
-        key = (model.backend, model.device, model.dtype, bucket(rows), sampling, tuple(stops), vocabulary)
+        key = (model.backend, model.device, model.dtype, bucket(rows), options.choice, tuple(stops), vocabulary)
         with self._lock:
-            (before, kept), self._kept = self._kept or ((), None), None
+            kept, self._kept = self._kept, None
         found = None
-        if kept is not None and before == key and kept.rows >= rows and kept.capacity >= capacity:
+        if kept is not None and kept.key == key and kept.rows >= rows and kept.capacity >= capacity:
             owned = {tensor.untyped_storage().data_ptr() for tensor in chain(model.parameters(), model.buffers())}
             with kept.working():
                 kept.cache.clear()
                 found = kept if renewed(kept.plan, plan, owned) else None
         del kept  # its memory, before more is asked for
         found = found or Decoding(model, plan, rows, capacity, options, stops, vocabulary)
-        self._lent[id(found)] = key, self._epoch
+        found.key, found.epoch = key, self._epoch
         return found
 
     def check(self, decoding: Decoding) -> None:
         """Raises TritiumError where the model was moved since the decoding was taken: it goes by weights that are no
         more.
         """
-        if self._lent[id(decoding)][1] != self._epoch:
+        if decoding.epoch != self._epoch:
             raise TritiumError("the model was moved, or cast, while it generated: begin again")
 
     def give_back(self, decoding: Decoding) -> None:
-        key, epoch = self._lent.pop(id(decoding))
         with self._lock:
-            if epoch == self._epoch:
-                self._kept = key, decoding
+            if decoding.epoch == self._epoch:
+                self._kept = decoding
 
     def clear(self) -> None:
         """Frees what is kept, and has nothing kept of what is lent."""

@@ -38,7 +38,7 @@ PARTS = {  # what is compared of an operation that gives several things
     "rope_decode_attention": ("out", "k", "v"),
     "norm_head": ("logits", "best"),
 }
-CACHES_AT = (11, 12)  # which arguments of rope_decode_attention it writes into
+CACHES_AT = (11, 12)  # which arguments the operations with a cache write into
 
 
 @dataclass
@@ -114,11 +114,7 @@ class _Comparison:
 
 def _results(name: str, operation: Callable[..., Any], args: Sequence[Any]) -> tuple[Tensor, ...]:
     """What a call computes, as tensors to compare; what it would write in place is written into copies."""
-    if name == "qk_norm_rope_cache":
-        *rest, keys, values, slots = args
-        keys, values = keys.clone(), values.clone()
-        return operation(*rest, keys, values, slots), keys, values
-    if name == "rope_decode_attention":
+    if name in ("qk_norm_rope_cache", "rope_decode_attention"):
         caches = [args[i].clone() for i in CACHES_AT]
         return operation(*args[: CACHES_AT[0]], *caches, *args[CACHES_AT[-1] + 1 :]), *caches
     if name == "norm_head":

@@ -10,10 +10,10 @@ from tritium.benchmarks.case import Draw
 from tritium.benchmarks.cells import autotuned_step, cell, compiled_step, fixed_step, transformers_step
 from tritium.benchmarks.machine import decode_step
 from tritium.benchmarks.shapes import DECODED, TINY, spec
-from tritium.benchmarks.stepping import Filled, keys_of, room, steps
+from tritium.benchmarks.stepping import Filled, keys_of, steps
 from tritium.benchmarks.subject import Subject
 from tritium.benchmarks.worker import Bench, find
-from tritium.runtime.decoding import Decoding
+from tritium.runtime.decoding import Decoding, room
 from tritium.runtime.generation import SamplingOptions
 from tritium.runtime.registry import get_family
 
@@ -97,7 +97,7 @@ def test_the_cache_is_laid_out_as_the_decode_loop_has_it() -> None:
     of = Subject("tiny", CPU)
     for context in (40, 300, 512):
         made = [Decoding(of.model, of.model.bind(), 2, context, SamplingOptions(temperature=0)) for _ in range(2)]
-        assert room(of.model.config, context) == made[0].cache.capacity
+        assert room(context, of.model.config.context_length) == made[0].cache.capacity
         filled, later = Filled(of.model, 2, context, seed=3), Filled(of.model, 2, context, seed=3)
         for decoding in made:
             filled.lend(decoding.cache)

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from tritium.kernels import tuning
-from tritium.kernels.launch import INTERPRETED
+from tritium.kernels.launch import INTERPRETED, triton
 
 WIDE = {"ROWS": 128, "BLOCK_N": 128}  # of the table's `schedule`: no bit depends on it
 
@@ -22,3 +23,16 @@ def wide_tiles() -> Iterator[None]:
         if INTERPRETED:
             patch.setattr(tuning, "config", widened)
         yield
+
+
+@pytest.fixture
+def unguarded_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter reads its arguments on the host, as no GPU does."""
+    if INTERPRETED:
+        original = triton.runtime.interpreter.GridExecutor.__call__
+
+        def unguarded(self: Any, *args: Any, **options: Any) -> Any:
+            with torch.utils._python_dispatch._disable_current_modes():
+                return original(self, *args, **options)
+
+        monkeypatch.setattr(triton.runtime.interpreter.GridExecutor, "__call__", unguarded)

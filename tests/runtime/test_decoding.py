@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from tritium.kernels import launch as launching
 from tritium.runtime import generation
 from tritium.runtime.decoder import Decoder
 from tritium.runtime.decoding import Decoding, bucket
@@ -192,19 +191,6 @@ class ForbidsAllocation(Forbids):
         return result
 
 
-@pytest.fixture
-def unguarded_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter reads its arguments on the host, as no GPU does."""
-    if launching.INTERPRETED:
-        original = launching.triton.runtime.interpreter.GridExecutor.__call__
-
-        def unguarded(self: Any, *args: Any, **options: Any) -> Any:
-            with torch.utils._python_dispatch._disable_current_modes():
-                return original(self, *args, **options)
-
-        monkeypatch.setattr(launching.triton.runtime.interpreter.GridExecutor, "__call__", unguarded)
-
-
 def decoding(model: Decoder, options: SamplingOptions, count: int = 2) -> Decoding:
     """`count` rows with a token each behind their prompts, and the first step done."""
     found = Decoding(model, model.bind(), count, 40, options, [96], 90)
@@ -253,7 +239,7 @@ def test_replays_are_steps(family: str, monkeypatch: pytest.MonkeyPatch) -> None
     options = SamplingOptions(40, temperature=0.8, top_p=0.9, seed=1)
     captured = [rows(model, batch, options) for batch in batches]
     assert model.sessions._kept is not None
-    assert model.sessions._kept[1]._graphs
+    assert model.sessions._kept._graphs
     monkeypatch.setattr(Decoding, "step", Decoding._compute)
     assert captured == [rows(copy.deepcopy(model), batch, options) for batch in batches]
 
@@ -268,7 +254,7 @@ def test_a_row_has_the_same_bits_in_any_batch() -> None:
     def keys(prompts: list[list[int]], row: int) -> Tensor:
         list(generate(model, prompts, GREEDY))
         assert model.sessions._kept is not None
-        kept = model.sessions._kept[1]
+        kept = model.sessions._kept
         pages = kept.cache._host_table[row]
         return torch.stack([k[:, pages[0], : len(prompts[row]) + 3] for k in kept.cache.keys]).clone()
 

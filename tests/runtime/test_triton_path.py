@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from tritium.kernels import launch as launching
 from tritium.runtime.backend import Backend, differentiable_kernels, triton_kernels
 from tritium.runtime.batch import Batch
 from tritium.runtime.decoder import Decoder
@@ -331,7 +330,8 @@ def test_the_guard_sees() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_a_decode_step_never_looks_at_the_host(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("unguarded_interpreter")
+def test_a_decode_step_never_looks_at_the_host(temperature: float) -> None:
     """Step, forward and sampling, across a page border, under the guard; on a GPU also with synchronising forbidden."""
     model = small("qwen3_moe", num_layers=1, expert_layers=True)
     cache = cache_of(model, 2, PAGE_SIZE + 5)
@@ -340,14 +340,6 @@ def test_a_decode_step_never_looks_at_the_host(temperature: float, monkeypatch: 
     uniforms = torch.full((2, 6), 0.4, device=DEVICE)
     with torch.inference_mode():
         plan, kernels = model.bind(), model.kernels
-    if launching.INTERPRETED:  # it reads its arguments on the host, as no GPU does
-        original = launching.triton.runtime.interpreter.GridExecutor.__call__
-
-        def unguarded(self: Any, *args: Any, **options: Any) -> Any:
-            with torch.utils._python_dispatch._disable_current_modes():
-                return original(self, *args, **options)
-
-        monkeypatch.setattr(launching.triton.runtime.interpreter.GridExecutor, "__call__", unguarded)
     with torch.inference_mode():
         batch = Batch.appended(cache, [0, 1], [1, 1])
         _, logits = model.run(plan, first, batch, last_only=True)
