@@ -223,7 +223,7 @@ def kernels_table(page: Path) -> str:
     """The operations: first line and floor of each file's docstring."""
     rows = [["Operation", "What it is", "Floor"]]
     for path in sorted((ROOT / "kernels").glob("*.py")):
-        if path.stem in ("__init__", "launch", "linear_phase", "overlap", "step_kernel", "step_tables"):
+        if path.stem in ("__init__", "functional", "launch", "linear_phase", "overlap", "step_kernel", "step_tables"):
             continue
         docstring = ast.get_docstring(ast.parse(read_text(path))) or ""
         floor = re.search(r"^Floor: (.+?\.)(?=\s|\Z)", docstring, re.DOTALL | re.MULTILINE)

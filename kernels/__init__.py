@@ -3,6 +3,10 @@
 Every file opens with the operation's formula, shapes, dtype contract and floor (bytes and operations), followed by
 `<op>_reference`, its definition in plain PyTorch. The definitions run anywhere torch runs, on any dtype: float64 gives
 the truth that every faster implementation is measured against. Nothing here imports another Tritium package.
+
+`from tritium.kernels import rms_norm` gives the function for anyone's model (functional.py), and so for every name of
+an operation. The file of the same name is `tritium.kernels.rms_norm` in an import of what it holds: `from
+tritium.kernels.rms_norm import rms_norm_reference`.
 """
 
 if __name__ == "kernels":
@@ -21,3 +25,61 @@ if __name__ == "kernels":
         _spec.loader.exec_module(sys.modules[__name__])
     else:
         del __file__
+else:
+    from .functional import (
+        add_rms_norm,
+        attention,
+        combine,
+        cross_entropy,
+        decode_attention,
+        decode_linear_residual,
+        group,
+        grouped_linear,
+        grouped_swiglu,
+        layer_norm,
+        linear,
+        linear_cross_entropy,
+        linear_residual,
+        linear_swiglu,
+        norm_head,
+        norm_linear,
+        norm_linear_swiglu,
+        paged_attention,
+        qk_norm_rope,
+        qk_norm_rope_cache,
+        quantised_linear,
+        rms_norm,
+        rope_decode_attention,
+        route,
+        sample,
+        swiglu,
+    )
+
+    __all__ = [
+        "add_rms_norm",
+        "attention",
+        "combine",
+        "cross_entropy",
+        "decode_attention",
+        "decode_linear_residual",
+        "group",
+        "grouped_linear",
+        "grouped_swiglu",
+        "layer_norm",
+        "linear",
+        "linear_cross_entropy",
+        "linear_residual",
+        "linear_swiglu",
+        "norm_head",
+        "norm_linear",
+        "norm_linear_swiglu",
+        "paged_attention",
+        "qk_norm_rope",
+        "qk_norm_rope_cache",
+        "quantised_linear",
+        "rms_norm",
+        "rope_decode_attention",
+        "route",
+        "sample",
+        "swiglu",
+    ]

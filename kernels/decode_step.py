@@ -35,10 +35,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import decode_attention as _attention
-from . import qk_norm_rope as _rope
-from . import rope_decode_attention as _rope_decode
 from . import tuning
+from .decode_attention import check as check_attention
+from .decode_attention import most_splits
 from .decode_linear import (
     decode_linear_residual_reference,
     launch_row,
@@ -47,6 +46,9 @@ from .decode_linear import (
     norm_linear_swiglu_reference,
 )
 from .launch import INTERPRETED, launch, register, require, triton
+from .qk_norm_rope import check as check_rope
+from .qk_norm_rope import check_cache
+from .rope_decode_attention import launch_row as attention_row
 from .rope_decode_attention import rope_decode_attention_reference
 from .step_kernel import decode_step_kernel
 from .step_tables import StepLayers, StepScratch, StepTables, Tensors, check_layers, step_scratch, step_tables
@@ -178,7 +180,7 @@ def decode_step(
         raise ValueError(f"best must be [{rows}] torch.int64, got {list(best.shape)} {best.dtype}")
     windows = [window for window in layers.windows if window]
     widest = max(windows) if len(windows) == len(layers.windows) else None
-    splits = _attention.most_splits(max_pages, page_size, widest, longest)
+    splits = most_splits(max_pages, page_size, widest, longest)
     if tables is None:
         tables = step_tables(layers)
     if scratch is None:
@@ -189,13 +191,13 @@ def decode_step(
         first = list(layers.rotates).index(rotates)
         weight = None if layers.qk_norm_weights is None else layers.qk_norm_weights[first]
         how = (table, positions) if rotates else (None, None)
-        _rope.check(
+        check_rope(
             scratch.qkv, num_heads, num_kv_heads, *how, rope_dtype, layers.qk_norms[first], weight,
             query_scale if rotates else None,
         )  # fmt: skip
     k_cache = layers.k_caches[0]
-    _rope.check_cache(scratch.qkv, num_kv_heads, head_dim, k_cache, layers.v_caches[0], slots)
-    _attention.check(scratch.attended, k_cache, layers.v_caches[0], page_table, lengths, None)
+    check_cache(scratch.qkv, num_kv_heads, head_dim, k_cache, layers.v_caches[0], slots)
+    check_attention(scratch.attended, k_cache, layers.v_caches[0], page_table, lengths, None)
     if page_table.stride(1) != 1:
         page_table = page_table.contiguous()
     if out is None:
@@ -293,7 +295,7 @@ def _tile(x: Tensor, weight: Tensor, bits: int, gated: bool = False) -> tuple[An
 
 def _blocks(like: Tensor, group: int, head_dim: int, page_size: int) -> tuple[int, ...]:
     """What `rope_decode_attention_phase` takes from BLOCK_G to BLOCK_S: of its own rows."""
-    row = _rope_decode.launch_row(like, group, head_dim, page_size, programs=1)
+    row = attention_row(like, group, head_dim, page_size, programs=1)
     return tuple(row[name] for name in ("BLOCK_G", "BLOCK_D", "BLOCK_N", "MERGED_G", "BLOCK_S"))
 
 

@@ -26,13 +26,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import decode_attention as _attention
-from . import qk_norm_rope as _rope
 from . import tuning
-from .decode_attention import attend, decode_attention_reference, divided, merge, seen
+from .decode_attention import attend, decode_attention_reference, divided, merge, most_splits, seen
+from .decode_attention import check as check_attention
 from .launch import launch, register, tl, triton
 from .overlap import arrive, dependent, prefetch, start, wait
-from .qk_norm_rope import norm_rope, qk_norm_rope_cache_reference
+from .qk_norm_rope import ARGUMENTS, check_cache, fake_q, norm_rope, qk_norm_rope_cache_reference
+from .qk_norm_rope import check as check_rope
 
 WIDEST_QUERIES = 16_384  # bytes of a key/value head's queries, which a program rotates in registers
 LINE = tl.constexpr(128)  # bytes that a prefetch brings
@@ -356,10 +356,10 @@ def rope_decode_attention(
     Raises RuntimeError where no kernel can run, TypeError and ValueError for what does not fit.
     """
     qkv = qkv if qkv.dim() != 2 or qkv.stride(1) == 1 else qkv.contiguous()
-    head_dim = _rope.check(qkv, num_heads, num_kv_heads, table, positions, rope_dtype, norm, weight, query_scale)
-    _rope.check_cache(qkv, num_kv_heads, head_dim, k_cache, v_cache, slots)
+    head_dim = check_rope(qkv, num_heads, num_kv_heads, table, positions, rope_dtype, norm, weight, query_scale)
+    check_cache(qkv, num_kv_heads, head_dim, k_cache, v_cache, slots)
     heads = qkv.unflatten(1, (-1, head_dim))[:, :num_heads]
-    _attention.check(heads, k_cache, v_cache, page_table, lengths, window)
+    check_attention(heads, k_cache, v_cache, page_table, lengths, window)
     group = num_heads // num_kv_heads
     if not holds(group, head_dim, qkv.element_size()):
         raise ValueError(
@@ -377,7 +377,7 @@ def rope_decode_attention(
         return out
     if not k_cache.shape[1] or not max_pages:
         return out.zero_()  # there is nowhere to cache anything
-    splits = _attention.most_splits(max_pages, page_size, window, longest)
+    splits = most_splits(max_pages, page_size, window, longest)
     if scratch is None:
         scratch = rope_decode_attention_scratch(rows, num_heads, num_kv_heads, head_dim, splits, qkv.device)
     elif min(scratch.partial.numel() // (num_heads * splits * head_dim), scratch.counts.numel() // num_kv_heads) < rows:
@@ -444,9 +444,9 @@ def launch_row(like: Tensor, group: int, head_dim: int, page_size: int, programs
 
 
 register(
-    f"rope_decode_attention({_rope.ARGUMENTS}, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, "
+    f"rope_decode_attention({ARGUMENTS}, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, "
     "Tensor page_table, Tensor lengths, float scale, int? window=None, int? longest=None) -> Tensor",
     rope_decode_attention,
     rope_decode_attention_reference,
-    _rope.fake_q,
+    fake_q,
 )

@@ -12,23 +12,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import attention as _attention
 from ..kernels import attention_backward  # noqa: F401 - registers what a gradient needs
-from ..kernels import combine as _combine
-from ..kernels import cross_entropy as _cross_entropy
-from ..kernels import decode_attention as _decode
-from ..kernels import decode_linear as _decode_linear
-from ..kernels import grouped_linear as _grouped
-from ..kernels import layer_norm as _layer_norm
-from ..kernels import linear as _linear
-from ..kernels import linear_cross_entropy as _loss
-from ..kernels import qk_norm_rope as _rope
-from ..kernels import quantised_linear as _quantised
-from ..kernels import rms_norm as _rms_norm
-from ..kernels import rope_decode_attention as _rope_decode
-from ..kernels import routing as _routing
-from ..kernels import sampling as _sampling
-from ..kernels import swiglu as _swiglu
+from ..kernels.attention import attention, attention_reference, paged_attention, paged_attention_reference
+from ..kernels.combine import combine, combine_reference
+from ..kernels.cross_entropy import cross_entropy, cross_entropy_reference
+from ..kernels.decode_attention import decode_attention, decode_attention_reference
+from ..kernels.decode_linear import (
+    decode_linear_residual,
+    decode_linear_residual_reference,
+    norm_head,
+    norm_head_reference,
+    norm_linear,
+    norm_linear_reference,
+    norm_linear_swiglu,
+    norm_linear_swiglu_reference,
+)
+from ..kernels.grouped_linear import grouped_linear, grouped_linear_reference, grouped_swiglu, grouped_swiglu_reference
+from ..kernels.layer_norm import layer_norm, layer_norm_reference
+from ..kernels.linear import (
+    linear,
+    linear_reference,
+    linear_residual,
+    linear_residual_reference,
+    linear_swiglu,
+    linear_swiglu_reference,
+)
+from ..kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from ..kernels.qk_norm_rope import (
+    qk_norm_rope,
+    qk_norm_rope_at_reference,
+    qk_norm_rope_cache,
+    qk_norm_rope_cache_reference,
+)
+from ..kernels.quantised_linear import quantised_linear, quantised_linear_reference
+from ..kernels.rms_norm import rms_norm, rms_norm_reference
+from ..kernels.rope_decode_attention import rope_decode_attention, rope_decode_attention_reference
+from ..kernels.routing import group, group_reference, route, route_reference
+from ..kernels.sampling import sample, sample_reference
+from ..kernels.swiglu import swiglu, swiglu_reference
 
 
 @dataclass(frozen=True)
@@ -63,59 +84,59 @@ class Operations:
 
 
 DEFINITIONS = Operations(
-    rms_norm=_rms_norm.rms_norm_reference,
-    layer_norm=_layer_norm.layer_norm_reference,
-    linear=_linear.linear_reference,
-    linear_residual=_linear.linear_residual_reference,
-    linear_swiglu=_linear.linear_swiglu_reference,
-    quantised_linear=_quantised.quantised_linear_reference,
-    swiglu=_swiglu.swiglu_reference,
-    qk_norm_rope=_rope.qk_norm_rope_at_reference,
-    qk_norm_rope_cache=_rope.qk_norm_rope_cache_reference,
-    attention=_attention.attention_reference,
-    paged_attention=_attention.paged_attention_reference,
-    decode_attention=_decode.decode_attention_reference,
-    norm_linear=_decode_linear.norm_linear_reference,
-    norm_linear_swiglu=_decode_linear.norm_linear_swiglu_reference,
-    decode_linear_residual=_decode_linear.decode_linear_residual_reference,
-    rope_decode_attention=_rope_decode.rope_decode_attention_reference,
-    norm_head=_decode_linear.norm_head_reference,
-    route=_routing.route_reference,
-    group=_routing.group_reference,
-    grouped_swiglu=_grouped.grouped_swiglu_reference,
-    grouped_linear=_grouped.grouped_linear_reference,
-    combine=_combine.combine_reference,
-    cross_entropy=_cross_entropy.cross_entropy_reference,
-    linear_cross_entropy=_loss.linear_cross_entropy_reference,
-    sample=_sampling.sample_reference,
+    rms_norm=rms_norm_reference,
+    layer_norm=layer_norm_reference,
+    linear=linear_reference,
+    linear_residual=linear_residual_reference,
+    linear_swiglu=linear_swiglu_reference,
+    quantised_linear=quantised_linear_reference,
+    swiglu=swiglu_reference,
+    qk_norm_rope=qk_norm_rope_at_reference,
+    qk_norm_rope_cache=qk_norm_rope_cache_reference,
+    attention=attention_reference,
+    paged_attention=paged_attention_reference,
+    decode_attention=decode_attention_reference,
+    norm_linear=norm_linear_reference,
+    norm_linear_swiglu=norm_linear_swiglu_reference,
+    decode_linear_residual=decode_linear_residual_reference,
+    rope_decode_attention=rope_decode_attention_reference,
+    norm_head=norm_head_reference,
+    route=route_reference,
+    group=group_reference,
+    grouped_swiglu=grouped_swiglu_reference,
+    grouped_linear=grouped_linear_reference,
+    combine=combine_reference,
+    cross_entropy=cross_entropy_reference,
+    linear_cross_entropy=linear_cross_entropy_reference,
+    sample=sample_reference,
 )
 
 KERNELS = Operations(
-    rms_norm=_rms_norm.rms_norm,
-    layer_norm=_layer_norm.layer_norm,
-    linear=_linear.linear,
-    linear_residual=_linear.linear_residual,
-    linear_swiglu=_linear.linear_swiglu,
-    quantised_linear=_quantised.quantised_linear,
-    swiglu=_swiglu.swiglu,
-    qk_norm_rope=_rope.qk_norm_rope,
-    qk_norm_rope_cache=_rope.qk_norm_rope_cache,
-    attention=_attention.attention,
-    paged_attention=_attention.paged_attention,
-    decode_attention=_decode.decode_attention,
-    norm_linear=_decode_linear.norm_linear,
-    norm_linear_swiglu=_decode_linear.norm_linear_swiglu,
-    decode_linear_residual=_decode_linear.decode_linear_residual,
-    rope_decode_attention=_rope_decode.rope_decode_attention,
-    norm_head=_decode_linear.norm_head,
-    route=_routing.route,
-    group=_routing.group,
-    grouped_swiglu=_grouped.grouped_swiglu,
-    grouped_linear=_grouped.grouped_linear,
-    combine=_combine.combine,
-    cross_entropy=_cross_entropy.cross_entropy,
-    linear_cross_entropy=_loss.linear_cross_entropy,
-    sample=_sampling.sample,
+    rms_norm=rms_norm,
+    layer_norm=layer_norm,
+    linear=linear,
+    linear_residual=linear_residual,
+    linear_swiglu=linear_swiglu,
+    quantised_linear=quantised_linear,
+    swiglu=swiglu,
+    qk_norm_rope=qk_norm_rope,
+    qk_norm_rope_cache=qk_norm_rope_cache,
+    attention=attention,
+    paged_attention=paged_attention,
+    decode_attention=decode_attention,
+    norm_linear=norm_linear,
+    norm_linear_swiglu=norm_linear_swiglu,
+    decode_linear_residual=decode_linear_residual,
+    rope_decode_attention=rope_decode_attention,
+    norm_head=norm_head,
+    route=route,
+    group=group,
+    grouped_swiglu=grouped_swiglu,
+    grouped_linear=grouped_linear,
+    combine=combine,
+    cross_entropy=cross_entropy,
+    linear_cross_entropy=linear_cross_entropy,
+    sample=sample,
 )
 
 

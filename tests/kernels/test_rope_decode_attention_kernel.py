@@ -1,12 +1,12 @@
 """The fused decoding attention: the rule, what it writes and reads, batch invariance, its scratch, what it refuses."""
 
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from tritium.kernels import launch
-from tritium.kernels import rope_decode_attention as module
 from tritium.kernels.rope_decode_attention import (
     Scratch,
     rope_decode_attention,
@@ -15,6 +15,8 @@ from tritium.kernels.rope_decode_attention import (
 )
 
 from ..rule import DEVICE, DTYPES, assert_rule, draw, needs_gpu, same_bits, truth_of
+
+module = import_module("tritium.kernels.rope_decode_attention")  # the package has the function of this name
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 PAGE, CONTEXT, EPS = 32, 600, 1e-6

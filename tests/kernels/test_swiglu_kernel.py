@@ -1,5 +1,6 @@
 """The SwiGLU kernel and its gradient's: the rule, roundings, batch invariance, views, extremes, what they refuse."""
 
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -320,7 +321,7 @@ def test_autograd_takes_the_gradients_kernel(monkeypatch: pytest.MonkeyPatch) ->
         launched.append(kernel.fn.__name__)
         run(kernel, *args, **options)
 
-    monkeypatch.setattr("tritium.kernels.swiglu.launch", recorded)
+    monkeypatch.setattr(import_module("tritium.kernels.swiglu"), "launch", recorded)
     leaf = draw(2, 8, dtype=torch.float32).requires_grad_()
     torch.ops.tritium.swiglu(leaf).sum().backward()
     assert launched == ["_swiglu_kernel", "_swiglu_backward_kernel"]
