@@ -52,6 +52,7 @@ class Decoder(nn.Module):
         self.local_config = self.config
         self.exchange: Exchange | None = None
         self.sessions = Sessions()
+        self.copied: tuple[str, ...] = ()  # parameters of transformers that are no views of ours: dropin/conversion.py
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Decoder":
         self.sessions.clear()  # it holds a cache where the model was

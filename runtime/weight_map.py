@@ -74,12 +74,26 @@ class Piece:
             rows = transform(rows)
         return (rows.t() if self.is_turned else rows).contiguous()
 
-    def read(self, parameter: Tensor) -> Tensor:
-        """The checkpoint tensor back from the parameter."""
+    @property
+    def is_same(self) -> bool:
+        """Whether the checkpoint's tensor is the parameter."""
+        return not self.place and not self.load
+
+    @property
+    def is_view(self) -> bool:
+        """Whether the checkpoint's tensor can be a view of the parameter's memory."""
+        return all(transform is Tensor.t for transform in self.save)
+
+    def view(self, parameter: Tensor) -> Tensor:
+        """The checkpoint's tensor from the parameter: in its memory where `is_view`."""
         tensor = parameter[self.place]
         for transform in self.save:
             tensor = transform(tensor)
-        return tensor.contiguous()
+        return tensor
+
+    def read(self, parameter: Tensor) -> Tensor:
+        """The checkpoint tensor back from the parameter."""
+        return self.view(parameter).contiguous()
 
 
 def to_half_split(tensor: Tensor, heads: int) -> Tensor:

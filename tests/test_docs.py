@@ -40,6 +40,7 @@ PAGES = [
     *(f"development/{name}.md" for name in ("model-registry", "parallel", "testing", "training", "tuning")),
     *(f"models/{name}.md" for name in ("GPT", "MobileLLM", "Qwen1", "Qwen3", "template")),
     *(f"usage/{name}.md" for name in ("kernels",)),
+    "usage/conversion.md",
 ]
 MODEL_PAGES = [page for page in PAGES if page.startswith("models/")]
 FOLLOWED = "development/adding-models.md"  # whose code needs the files that it tells to write

@@ -24,6 +24,8 @@ _PUBLIC = {
     "merge_lora": "lora",
     "load_adapter": "lora_files",
     "save_adapter": "lora_files",
+    "from_transformers": "dropin.conversion",
+    "to_transformers": "dropin.conversion",
     "TextGenerator": "text",
     "SamplingOptions": "generation",
     "Decoder": "decoder",
