@@ -6,10 +6,12 @@
 
 s is `label_smoothing` (Szegedy et al. 2016, arXiv:1512.00567), z is `z_loss` (Chowdhery et al. 2022, arXiv:2204.02311,
 section 5), and the reduction `mean` divides by the number of rows that count, by 1 where none does: nothing to predict
-is a loss of 0, with gradients of 0. A row that is ignored may hold anything. A label that is neither `ignore_index` nor
-0 to V - 1 makes the loss NaN, and its row of the gradient: labels are on the device, where nobody can raise an error.
+is a loss of 0, with gradients of 0. With `none` there is a loss a row, 0 where it is ignored: without smoothing and
+z-loss, minus the log-probability of the label. A row that is ignored may hold anything. A label that is neither
+`ignore_index` nor 0 to V - 1 makes the loss NaN, and its row of the gradient: labels are on the device, where nobody
+can raise an error.
 
-Shapes: logits and their gradient [T, V], labels [T] int64, loss and its gradient scalars.
+Shapes: logits and their gradient [T, V], labels [T] int64, loss and its gradient scalars, with `none` [T].
 Rounding: float32 throughout (float64 stays); the gradient rounds once to logits' dtype. The maximum is taken out before
 the label's logit is subtracted, so that a constant added to a row costs no digits.
 Order: a row's sums are BLOCK_V sums side by side, each over every BLOCK_V-th logit, and a tree over those; the rows are
@@ -31,7 +33,7 @@ from .launch import launch, register, require, tl, triton
 from .rms_norm import wide, wide_dtype
 
 IGNORE_INDEX = -100
-REDUCTIONS = ("mean", "sum")
+REDUCTIONS = ("mean", "sum", "none")
 BLOCK_T = 1024  # losses added side by side: fixes the order over the rows
 
 
@@ -50,7 +52,7 @@ def cross_entropy_reference(
 ) -> Tensor:
     """The definition: the loss in nats, float32 or float64.
 
-    Raises ValueError for a smoothing outside 0 to 1, a negative z-loss or another reduction than mean and sum.
+    Raises ValueError for a smoothing outside 0 to 1, a negative z-loss or another reduction than mean, sum and none.
     """
     check_options(label_smoothing, z_loss, reduction)
     counted, vocabulary = labels != ignore_index, logits.shape[-1]
@@ -63,7 +65,7 @@ def cross_entropy_reference(
     if z_loss:
         losses = losses + z_loss * torch.logsumexp(x, dim=-1).square()
     losses = losses.masked_fill(~counted, 0.0) * torch.where(inside | ~counted, 1.0, float("nan"))
-    return losses.sum() / _count(labels, ignore_index, reduction)
+    return losses if reduction == "none" else losses.sum() / _count(labels, ignore_index, reduction)
 
 
 def cross_entropy_backward_reference(
@@ -177,13 +179,14 @@ def _reduce_kernel(
 def _cross_entropy_backward_kernel(
     logits_ptr,  # [T, V], rows `stride_x` apart
     labels_ptr,  # [T]
-    share_ptr,  # one number: the gradient of one row's loss
+    share_ptr,  # the gradient of one row's loss: one number, or PER_ROW [T]
     dlogits_ptr,  # [T, V], contiguous
     stride_x,
     ignore_index,
     smoothing,
     z_loss,
     V: tl.constexpr,
+    PER_ROW: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -198,7 +201,8 @@ def _cross_entropy_backward_kernel(
         row_ptr = logits_ptr + row * stride_x
         top, total, _ = _statistics(row_ptr, 0.0, V, False, BLOCK_V)
         slope = tl.div_rn(1.0 + 2.0 * z_loss * (top + tl.log(total)), total)
-        share = tl.where((label >= 0) & (label < V), tl.load(share_ptr), float("nan"))
+        share = tl.load(share_ptr + (row if PER_ROW else 0))
+        share = tl.where((label >= 0) & (label < V), share, float("nan"))
         for start in range(0, V, BLOCK_V):
             mask = start + o_v < V
             x = tl.load(row_ptr + start + o_v, mask=mask, other=0.0).to(tl.float32)
@@ -215,13 +219,14 @@ def cross_entropy(
     z_loss: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """The kernel: the loss, a float32 scalar, of logits [T, V] (float32, bfloat16 or float16; rows may be strided).
+    """The kernel: the loss of logits [T, V] (float32, bfloat16 or float16; rows may be strided), a float32 scalar, or
+    [T] where the reduction is `none`.
 
     Raises RuntimeError where no kernel can run, TypeError and ValueError for what does not fit. Waits for nothing.
     """
     losses, _ = cross_entropy_rows(logits, labels, ignore_index, label_smoothing, z_loss)
     check_options(label_smoothing, z_loss, reduction)
-    return reduced(losses, labels, ignore_index, reduction)
+    return losses if reduction == "none" else reduced(losses, labels, ignore_index, reduction)
 
 
 def cross_entropy_rows(
@@ -269,17 +274,16 @@ def cross_entropy_backward(
     z_loss: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """The kernel of the backward: the logits' gradient [T, V], contiguous, in their dtype, given the loss's, a float32
-    scalar. Raises what `cross_entropy` raises.
+    """The kernel of the backward: the logits' gradient [T, V], contiguous, in their dtype, given the loss's, float32
+    and of its shape. Raises what `cross_entropy` raises.
     """
     _check(logits, labels, gradient)
     check_options(label_smoothing, z_loss, reduction)
-    if gradient.shape != () or gradient.dtype != torch.float32:
-        raise ValueError(f"gradient must be a torch.float32 scalar, got {list(gradient.shape)} {gradient.dtype}")
+    check_gradient(gradient, labels, reduction)
     dlogits = logits.new_empty(logits.shape)
     if not logits.shape[0]:
         return dlogits
-    share = gradient if reduction == "sum" else reduced(gradient, labels, ignore_index, reduction)
+    share = reduced(gradient, labels, ignore_index, reduction) if reduction == "mean" else gradient
     write_gradient(logits, labels, share, dlogits, ignore_index, label_smoothing, z_loss)
     return dlogits
 
@@ -295,7 +299,7 @@ def write_gradient(
 ) -> None:
     """`cross_entropy_backward` without its checks into `out` [T, V], contiguous, which may be the logits themselves.
 
-    `share` is the gradient of one row's loss, a float32 scalar. There must be a row.
+    `share` is the gradient of one row's loss, a float32 scalar or [T]. There must be a row.
     """
     rows, width = logits.shape
     flat = logits if logits.stride(1) == 1 else logits.contiguous()
@@ -304,13 +308,14 @@ def write_gradient(
         (rows,),
         flat,
         labels.contiguous(),
-        share,
+        share.contiguous(),
         out,
         flat.stride(0),
         ignore_index,
         label_smoothing,
         z_loss,
         V=width,
+        PER_ROW=share.ndim == 1,
         **tuning.config("cross_entropy_backward", logits.device, width=width),
     )
 
@@ -354,6 +359,29 @@ def check_options(label_smoothing: float, z_loss: float, reduction: str) -> None
         raise ValueError(f"reduction must be {' or '.join(REDUCTIONS)}, got {reduction}")
 
 
+def check_gradient(gradient: Tensor, labels: Tensor, reduction: str) -> None:
+    wanted = tuple(labels.shape) if reduction == "none" else ()
+    if tuple(gradient.shape) != wanted or gradient.dtype != torch.float32:
+        what = f"{list(wanted)} torch.float32" if wanted else "a torch.float32 scalar"
+        raise ValueError(f"gradient must be {what}, got {list(gradient.shape)} {gradient.dtype}")
+
+
+def fake_loss(like: Tensor, labels: Tensor, reduction: str) -> Tensor:
+    """The loss's shape and dtype, on like's device."""
+    return like.new_empty(labels.shape if reduction == "none" else (), dtype=wide_dtype(like.dtype))
+
+
+def _fake(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int = IGNORE_INDEX,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    return fake_loss(logits, labels, reduction)
+
+
 def _gradient(inputs: tuple[object, ...], needed: tuple[bool, ...], gradient: Tensor) -> tuple[Tensor | None, ...]:
     logits, labels, *rest = inputs
     nothing = (None,) * (len(inputs) - 1)
@@ -367,7 +395,7 @@ register(
     f"cross_entropy(Tensor logits, Tensor labels, {_OPTIONS}) -> Tensor",
     cross_entropy,
     cross_entropy_reference,
-    lambda logits, *rest, **options: logits.new_empty((), dtype=wide_dtype(logits.dtype)),
+    _fake,
     gradient=_gradient,
 )
 register(

@@ -38,6 +38,10 @@ CASES = [
     Case("mean 128256 bfloat16", lambda: cross_entropy(meta(64, 128256), labels(64))),
     Case("sum 128256 bfloat16", lambda: cross_entropy(meta(64, 128256), labels(64), reduction="sum")),
     Case(
+        "backward of each 128256 bfloat16",
+        lambda: cross_entropy_backward(meta(64, 128256), labels(64), meta(64, dtype=torch.float32), reduction="none"),
+    ),
+    Case(
         "mean backward 128256 bfloat16",
         lambda: cross_entropy_backward(meta(64, 128256), labels(64), meta(dtype=torch.float32)),
     ),

@@ -106,7 +106,7 @@ def test_gradients() -> None:
     torch.testing.assert_close(first, expected / 3, rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 def test_smoothing_and_reduction_are_pytorchs(smoothing: float, reduction: str) -> None:
     """Which smooths towards the uniform distribution, the label included."""
@@ -128,7 +128,7 @@ def test_z_loss_is_the_square_of_logsumexp() -> None:
     assert loss.item() == pytest.approx(2 * (math.log(2) + extra), rel=1e-14)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.2, 0.0), (0.0, 0.01), (0.2, 0.01)])
 @pytest.mark.parametrize("vocab", [1, 7])
 def test_the_backward_is_autograds(vocab: int, smoothing: float, z_loss: float, reduction: str) -> None:
@@ -139,6 +139,7 @@ def test_the_backward_is_autograds(vocab: int, smoothing: float, z_loss: float, 
     logits[3] = math.nan
     options = (IGNORE_INDEX, smoothing, z_loss, reduction)
     leaf, share = logits.clone().requires_grad_(), torch.tensor(0.7, dtype=torch.float64)
+    share = torch.arange(1, 6, dtype=torch.float64) if reduction == "none" else share
     (expected,) = torch.autograd.grad(cross_entropy_reference(leaf, labels, *options), leaf, share)
     found = cross_entropy_backward_reference(logits, labels, share, *options)
     torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-15)

@@ -74,6 +74,13 @@ def check(
         exact = gradient_of(logits, labels, gradient, *options, reduction)
         assert_rule(got, definition, exact, f"gradient {rows}x{vocabulary} {reduction}")
         assert got[~counted].eq(0).all()
+    assert same_bits(cross_entropy(logits, labels, *options, "none"), losses)
+    gradients = draw(rows, dtype=torch.float32, seed=3)
+    got = cross_entropy_backward(logits, labels, gradients, *options, "none")
+    definition = cross_entropy_backward_reference(logits, labels, gradients, *options, "none")
+    exact = gradient_of(logits, labels, gradients, *options, "none")
+    assert_rule(got, definition, exact, f"gradient {rows}x{vocabulary} none")
+    assert got[~counted].eq(0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -292,7 +299,7 @@ def test_refuses_what_does_not_fit() -> None:
         ((logits, labels), {"label_smoothing": 1.5}, ValueError, "label_smoothing must be 0 to 1, got 1.5"),
         ((logits, labels), {"label_smoothing": NAN}, ValueError, "label_smoothing must be 0 to 1, got nan"),
         ((logits, labels), {"z_loss": -1e-4}, ValueError, "z_loss must be 0 or more, got -0.0001"),
-        ((logits, labels), {"reduction": "none"}, ValueError, "reduction must be mean or sum, got none"),
+        ((logits, labels), {"reduction": "all"}, ValueError, "reduction must be mean or sum or none, got all"),
         ((logits.clone().requires_grad_(), labels), {}, RuntimeError, "computes no gradients"),
     ]
     for args, options, error, message in wrong:
@@ -308,6 +315,9 @@ def test_refuses_what_does_not_fit() -> None:
     for gradient in (torch.ones(2, device=DEVICE), ONE.half()):
         with pytest.raises(ValueError, match=r"gradient must be a torch.float32 scalar, got \["):
             cross_entropy_backward(logits, labels, gradient)
+    for gradient in (ONE, torch.ones(3, device=DEVICE), torch.ones(2, device=DEVICE).half()):
+        with pytest.raises(ValueError, match=r"gradient must be \[2\] torch.float32, got \["):
+            cross_entropy_backward(logits, labels, gradient, reduction="none")
 
 
 @pytest.mark.parametrize("definition", [False, True], ids=["kernel", "definition"])
@@ -333,6 +343,12 @@ def test_registered(definition: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         assert same_bits(torch.autograd.grad(compiled(leaf, labels), leaf, share)[0], expected)
         assert same_bits(compiled(leaf, labels), loss)
     assert share.item() == 0.25
+    each = (*options[:3], "none")
+    torch.library.opcheck(op, (leaf, labels, *each))
+    strided = draw(8, dtype=torch.float32)[::2]
+    assert same_bits(
+        torch.autograd.grad(op(leaf, labels, *each), leaf, strided)[0], ours(leaf.detach(), labels, strided, *each)
+    )
     op(leaf, labels, reduction="sum").expand(3).sum().backward()
     assert leaf.grad is not None
     assert same_bits(leaf.grad, ours(leaf.detach(), labels, 3 * ONE, reduction="sum"))

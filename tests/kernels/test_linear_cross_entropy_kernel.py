@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 from tritium.kernels import launch
+from tritium.kernels.cross_entropy import cross_entropy
+from tritium.kernels.linear import linear
 from tritium.kernels.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_backward,
@@ -29,17 +31,20 @@ def inputs(tokens: int, width: int, vocabulary: int, dtype: torch.dtype) -> tupl
     return draw(tokens, width, dtype=dtype), draw(vocabulary, width, dtype=dtype, seed=1, scale=0.3), labels
 
 
-def check(tokens: int, width: int, vocabulary: int, dtype: torch.dtype, reduction: str) -> None:
+def check(
+    tokens: int, width: int, vocabulary: int, dtype: torch.dtype, reduction: str, invariant: bool = False
+) -> None:
     args = inputs(tokens, width, vocabulary, dtype)
-    options: Any = (*OPTIONS, reduction)
+    options: Any = (*OPTIONS, reduction, invariant)
+    share = draw(tokens, dtype=torch.float32, seed=2) if reduction == "none" else SHARE
     leaves = [x.double().requires_grad_() for x in args[:2]]
     truth = linear_cross_entropy_reference(leaves[0], leaves[1], args[2], *options)
     # The definition's logits round as ours do: what is left is the order of summation.
     expected = linear_cross_entropy_reference(*args, *options)
     torch.testing.assert_close(linear_cross_entropy(*args, *options), expected, rtol=1e-5, atol=1e-6)
-    exact = torch.autograd.grad(truth, leaves, SHARE.double())
-    definition = linear_cross_entropy_backward_reference(*args, SHARE, *options)
-    found = linear_cross_entropy_backward(*args, SHARE, *options)
+    exact = torch.autograd.grad(truth, leaves, share.double())
+    definition = linear_cross_entropy_backward_reference(*args, share, *options)
+    found = linear_cross_entropy_backward(*args, share, *options)
     for name, got, at_dtype, right in zip(("dx", "dweight"), found, definition, exact, strict=True):
         assert_rule(got, at_dtype, right, name)
 
@@ -51,6 +56,23 @@ def test_rule(tokens: int, chunk: int, dtype: torch.dtype, monkeypatch: pytest.M
     monkeypatch.setattr(module, "CHUNK", chunk)
     check(tokens, 32, 1100, dtype, "mean")
     check(tokens, 32, 50, dtype, "sum")
+    check(tokens, 32, 50, dtype, "none", invariant=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_invariant_loss_is_that_of_whole_logits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, row by row, in chunks and alone: what makes a sampler's log-probabilities a trainer's."""
+    x, weight, labels = inputs(7, 32, 50, dtype)
+    whole = cross_entropy(linear(x, weight), labels, reduction="none")
+    monkeypatch.setattr(module, "CHUNK", 3)
+    found = linear_cross_entropy(x, weight, labels, reduction="none", invariant=True)
+    assert same_bits(found, whole)
+    for row in (0, 6):
+        part = slice(row, row + 1)
+        alone = linear_cross_entropy(x[part], weight, labels[part], reduction="none", invariant=True)
+        assert same_bits(alone, whole[part])
+    monkeypatch.setattr(torch.nn.functional, "linear", None)  # the vendor's is not asked, backward neither
+    linear_cross_entropy_backward(x, weight, labels, torch.ones_like(whole), reduction="none", invariant=True)
 
 
 @needs_gpu
@@ -105,8 +127,8 @@ def test_refuses_what_does_not_fit() -> None:
             linear_cross_entropy(*args)
         with pytest.raises(error, match=message):
             linear_cross_entropy_backward(*(*args, SHARE))
-    with pytest.raises(ValueError, match="reduction must be mean or sum, got none"):
-        linear_cross_entropy(x, weight, labels, reduction="none")
+    with pytest.raises(ValueError, match="reduction must be mean or sum or none, got all"):
+        linear_cross_entropy(x, weight, labels, reduction="all")
     with pytest.raises(ValueError, match=r"gradient must be a torch.float32 scalar, got \[1\]"):
         linear_cross_entropy_backward(x, weight, labels, SHARE.reshape(1))
 
@@ -121,7 +143,8 @@ def test_registered(definition: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = linear_cross_entropy_backward_reference if definition else linear_cross_entropy_backward
     expected = ours(x, weight, labels, SHARE, *OPTIONS)
     torch.library.opcheck(op, (x.clone().requires_grad_(), weight, labels))
-    torch.library.opcheck(backward, (x, weight, labels, SHARE, *OPTIONS, "sum", [True, False]))
+    torch.library.opcheck(backward, (x, weight, labels, SHARE, *OPTIONS, "sum", False, [True, False]))
+    torch.library.opcheck(op, (x.clone().requires_grad_(), weight, labels, *OPTIONS, "none", True))
     for wanted in ((True, True), (True, False), (False, True)):
         given = [tensor.clone().requires_grad_(want) for tensor, want in zip((x, weight), wanted, strict=True)]
         leaves = [tensor for tensor in given if tensor.requires_grad]
