@@ -12,6 +12,7 @@ from ..kernels.sampling import philox_uniform_reference
 from .batch import Batch, Padding
 from .errors import TritiumError
 from .kv_cache import KVCache
+from .log_probs import Log, as_log, choose
 from .plan import Plan
 
 AT_ONCE = 8192  # tokens of prompts in one forward: more would only take memory
@@ -61,16 +62,19 @@ def generate(
     options: SamplingOptions,
     eos_ids: Sequence[int] = (),
     vocabulary: int | None = None,
+    log_probs: Log | None = None,
 ) -> Iterator[list[int | None]]:
     """Gives, step by step, the new token of every row: None once a row has met an EOS (which it does yield).
+
+    A list given as `log_probs` has for each token that was given its log-probability: see log_probs.py.
 
     Each row is what it would be alone: rows share a batch, not positions, padding or random numbers. Only ids below
     `vocabulary` are chosen, all where it is None: an embedding may have more rows than there are tokens. Raises
     TritiumError at the call, before the first step, for an empty prompt, ids outside the vocabulary, and a prompt that
     with its new tokens exceeds the context.
     """
-    _check(model, prompts, options)
-    return _steps(model, prompts, options, eos_ids, vocabulary)
+    check_prompts(model, prompts, options)
+    return _steps(model, prompts, options, eos_ids, vocabulary, log_probs)
 
 
 def _steps(
@@ -79,17 +83,20 @@ def _steps(
     options: SamplingOptions,
     eos_ids: Sequence[int],
     vocabulary: int | None,
+    log_probs: Log | None,
 ) -> Iterator[list[int | None]]:
     if not prompts or options.max_new_tokens == 0:
         return
     stops = frozenset(eos_ids)
     done = [False] * len(prompts)
     follow = _on_the_host if model.kernels.name == "torch" or model.exchange is not None else _on_the_device
-    for tokens in follow(model, prompts, options, eos_ids, vocabulary):
+    for tokens, scores in follow(model, prompts, options, eos_ids, vocabulary, log_probs is not None):
         new: list[int | None] = [None if ended else token for token, ended in zip(tokens, done, strict=True)]
         if -1 in new:
-            raise TritiumError(f"the logits are not numbers: the weights are broken, or overflow {model.dtype}")
+            raise not_numbers(model)
         done = [ended or token in stops for token, ended in zip(new, done, strict=True)]
+        if log_probs is not None:
+            log_probs.append(as_log(scores, new))
         yield new
         if all(done):
             return
@@ -101,20 +108,23 @@ def _on_the_device(
     options: SamplingOptions,
     eos_ids: Sequence[int],
     vocabulary: int | None,
-) -> Iterator[list[int]]:
-    """The tokens of each step, decoded without the host: see decoding.py."""
+    scored: bool,
+) -> Iterator[tuple[list[int], list[float] | None]]:
+    """The tokens of each step, where `scored` with log-probabilities, decoded without the host: see decoding.py."""
     counts = [len(prompt) for prompt in prompts]
     with torch.inference_mode():  # not around a yield: whoever takes the token must not be in it
         plan = model.bind()
         capacity = max(counts) + options.max_new_tokens
-        decoding = model.sessions.take(model, plan, len(prompts), capacity, options, eos_ids, vocabulary)
+        decoding = model.sessions.take(model, plan, len(prompts), capacity, options, eos_ids, vocabulary, scored)
     try:
         with torch.inference_mode(), decoding.working():
             uniforms = _uniforms(options, len(prompts), model)
-            tokens = _sampled(model, prefill(model, plan, prompts, decoding.cache), options, vocabulary, uniforms, 0)
+            logits = prefill(model, plan, prompts, decoding.cache)
+            first = _chosen(model, logits, options, vocabulary, uniforms, 0, scored)
             decoding.begin(counts, uniforms)
-        for number, step in enumerate(decoding.run(tokens, options.max_new_tokens), start=1):
-            yield step[: len(prompts)]
+        for number, step in enumerate(decoding.run(*first, options.max_new_tokens), start=1):
+            scores = decoding.log_probs(number - 1)[: len(prompts)] if scored else None
+            yield step[: len(prompts)], scores
             if number < options.max_new_tokens:
                 model.sessions.check(decoding)
     finally:
@@ -127,24 +137,26 @@ def _on_the_host(
     options: SamplingOptions,
     eos_ids: Sequence[int],
     vocabulary: int | None,
-) -> Iterator[list[int]]:
+    scored: bool,
+) -> Iterator[tuple[list[int], list[float] | None]]:
     """The same where steps are PyTorch's, or processes must meet in each."""
     rows, counts = list(range(len(prompts))), [len(prompt) for prompt in prompts]
     with torch.inference_mode():
         plan, capacity = model.bind(), max(counts) + options.max_new_tokens
         cache = KVCache(model.local_config, len(rows), capacity, dtype=model.dtype, device=model.device)
         uniforms = _uniforms(options, len(rows), model)
-        tokens = _sampled(model, prefill(model, plan, prompts, cache), options, vocabulary, uniforms, 0)
+        logits = prefill(model, plan, prompts, cache)
+        tokens, scores = _chosen(model, logits, options, vocabulary, uniforms, 0, scored)
     batch: Batch | None = None
     for step in range(1, options.max_new_tokens + 1):
-        yield tokens.tolist()
+        yield tokens.tolist(), None if scores is None else scores.tolist()
         if step == options.max_new_tokens:
             return
         with torch.inference_mode():
             # From the second step on the batch moves on where it lies.
             batch = Batch.appended(cache, rows, [1] * len(rows)) if batch is None else batch.step()
             logits = model.run(plan, tokens, batch, last_only=True)[1]
-            tokens = _sampled(model, logits, options, vocabulary, uniforms, step)
+            tokens, scores = _chosen(model, logits, options, vocabulary, uniforms, step, scored)
 
 
 def prefill(
@@ -172,22 +184,25 @@ def prefill(
     return logits
 
 
-def _sampled(
+def _chosen(
     model: "Decoder",
     logits: Tensor,
     options: SamplingOptions,
     vocabulary: int | None,
     uniforms: Tensor | None,
     step: int,
-) -> Tensor:
-    if vocabulary is not None and vocabulary < logits.shape[1]:
-        # Not a narrower view: the rows' length, and with it the kernels' wide loads, stays a round number.
-        logits[:, vocabulary:] = float("-inf")
-    uniform = None if uniforms is None else uniforms[:, step]
-    return model.kernels.sample(logits, *options.choice, uniform)
+    scored: bool,
+) -> tuple[Tensor, Tensor | None]:
+    kernels, uniform = model.kernels, None if uniforms is None else uniforms[:, step]
+    return choose(kernels, logits, lambda x: kernels.sample(x, *options.choice, uniform), vocabulary, scored)
 
 
-def _check(model: "Decoder", prompts: Sequence[Sequence[int]], options: SamplingOptions) -> None:
+def not_numbers(model: "Decoder") -> TritiumError:
+    return TritiumError(f"the logits are not numbers: the weights are broken, or overflow {model.dtype}")
+
+
+def check_prompts(model: "Decoder", prompts: Sequence[Sequence[int]], options: SamplingOptions) -> None:
+    """Raises TritiumError for what `generate` says it refuses."""
     context = model.config.context_length
     for row, prompt in enumerate(prompts):
         where = f"prompt {row}" if len(prompts) > 1 else "the prompt"
@@ -220,6 +235,7 @@ def generate_padded(
     eos_ids: Sequence[int],
     pad_token_id: int,
     progress: Callable[[int], None] | None = None,
+    log_probs: Log | None = None,
 ) -> Tensor:
     """`Decoder.generate`: padded prompts [B, S] -> [B, S + N]."""
     if input_ids.dim() != 2:
@@ -231,7 +247,7 @@ def generate_padded(
         prompts.append(packed[start : start + count])
         start += count
     steps = []
-    for new in generate(model, prompts, options, eos_ids):
+    for new in generate(model, prompts, options, eos_ids, log_probs=log_probs):
         steps.append([pad_token_id if token is None else token for token in new])
         if progress is not None:
             progress(len(steps))

@@ -16,11 +16,18 @@ class KVCache:
     """Keys and values of up to `rows` sequences of at most `capacity` tokens each.
 
     Each layer's keys and values are [num_kv_heads, pages, PAGE_SIZE, head_dim]: one page of one head is contiguous, and
-    a row whose pages follow one another is a plain strided view.
+    a row whose pages follow one another is a plain strided view. Every row owns the pages that its capacity takes; with
+    `pages` the pool has so many instead, and `give_pages` says whose they are, of which page 0 is nobody's.
     """
 
     def __init__(
-        self, spec: ModelSpec, rows: int, capacity: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+        self,
+        spec: ModelSpec,
+        rows: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        pages: int | None = None,
     ) -> None:
         if capacity > spec.context_length:
             raise TritiumError(f"a cache of {capacity} tokens exceeds the context length of {spec.context_length}")
@@ -29,18 +36,20 @@ class KVCache:
         self.lengths = [0] * rows
         self.prompts = [0] * rows  # tokens of each row's prompt, known when its first tokens come
         self._pages_per_row = -(-capacity // PAGE_SIZE)
-        num_pages = rows * self._pages_per_row
+        num_pages = rows * self._pages_per_row if pages is None else pages
         # Zeroed: masked keys still meet a probability of 0 in the product, and 0 * NaN would be NaN.
         shape = (spec.num_cache_slots, 2, spec.num_kv_heads, num_pages, PAGE_SIZE, spec.head_dim)
         needed = math.prod(shape) * dtype.itemsize
-        with out_of_memory_named(f"keys and values of {rows} x {capacity} tokens", needed, device):
+        held = f"{rows} x {capacity}" if pages is None else f"{pages * PAGE_SIZE}"
+        with out_of_memory_named(f"keys and values of {held} tokens", needed, device):
             self._pool = torch.zeros(shape, dtype=dtype, device=device)
         self.keys = [layer[0] for layer in self._pool]
         self.values = [layer[1] for layer in self._pool]
         # Every layer's view token by token, made once: making one costs as much as a small operation.
         self.slot_keys = [layer.flatten(1, 2).transpose(0, 1) for layer in self.keys]
         self.slot_values = [layer.flatten(1, 2).transpose(0, 1) for layer in self.values]
-        self.assign_pages(torch.arange(num_pages).view(rows, self._pages_per_row))
+        table = torch.arange(rows * self._pages_per_row).view(rows, self._pages_per_row)
+        self.assign_pages(table if pages is None else torch.zeros_like(table))
 
     def assign_pages(self, page_table: Tensor) -> None:
         """Sets which pages each row owns: int64 [rows, pages per row], every page named at most once."""
@@ -49,6 +58,25 @@ class KVCache:
         rows, per_row = page_table.shape
         in_order = torch.arange(rows * per_row).view(rows, per_row)
         self._in_order = torch.equal(page_table.cpu(), in_order)
+
+    def give_pages(self, row: int, pages: Sequence[int]) -> None:
+        """Sets which pages a row has of a pool that its owner shares out; page 0 stands where it has none."""
+        self._in_order = False
+        self._host_table[row] = [*pages, *[0] * (self._pages_per_row - len(pages))]
+        self.page_table[row] = torch.tensor(self._host_table[row], dtype=torch.int32)
+
+    def copy_out(self, pages: Sequence[int]) -> Tensor:
+        """What those pages hold, in the host's memory: [slots, 2, num_kv_heads, len(pages), PAGE_SIZE, head_dim]."""
+        shape = self._pool.shape
+        copy = torch.empty((*shape[:3], len(pages), *shape[4:]), dtype=self._pool.dtype)
+        for place, page in enumerate(pages):  # one by one: there may be no room on the device for more
+            copy[:, :, :, place] = self._pool[:, :, :, page]
+        return copy
+
+    def copy_in(self, pages: Sequence[int], copy: Tensor) -> None:
+        """Puts what `copy_out` gave into those pages."""
+        for place, page in enumerate(pages):
+            self._pool[:, :, :, page] = copy[:, :, :, place].to(self.device)
 
     def dense(self, rows: Sequence[int], length: int) -> tuple[Sequence[Tensor], Sequence[Tensor]] | None:
         """Every layer's (keys, values) as views [num_kv_heads * rows, length, head_dim], without a copy.

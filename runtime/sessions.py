@@ -22,7 +22,7 @@ class Sessions:
 
     def __init__(self) -> None:
         self._kept: Decoding | None = None
-        self._epoch = 0  # how often the model's weights were moved
+        self.epoch = 0  # how often the model's weights were moved
         self._lock = threading.Lock()
 
     def take(
@@ -34,12 +34,13 @@ class Sessions:
         options: "SamplingOptions",
         stops: Sequence[int],
         vocabulary: int | None,
+        scored: bool = False,
     ) -> Decoding:
         """The one that was given back, where it fits, or a new one. Nobody else has it until it is given back.
 
         Raises TritiumError where the cache of a new one does not fit.
         """
-        key = (model.backend, model.device, model.dtype, bucket(rows), options.choice, tuple(stops), vocabulary)
+        key = (model.backend, model.device, model.dtype, bucket(rows), options.choice, tuple(stops), vocabulary, scored)
         with self._lock:
             kept, self._kept = self._kept, None
         found = None
@@ -49,27 +50,27 @@ class Sessions:
                 kept.cache.clear()
                 found = kept if renewed(kept.plan, plan, owned) else None
         del kept  # its memory, before more is asked for
-        found = found or Decoding(model, plan, rows, capacity, options, stops, vocabulary)
-        found.key, found.epoch = key, self._epoch
+        found = found or Decoding(model, plan, rows, capacity, options, stops, vocabulary, scored=scored)
+        found.key, found.epoch = key, self.epoch
         return found
 
     def check(self, decoding: Decoding) -> None:
         """Raises TritiumError where the model was moved since the decoding was taken: it goes by weights that are no
         more.
         """
-        if decoding.epoch != self._epoch:
+        if decoding.epoch != self.epoch:
             raise TritiumError("the model was moved, or cast, while it generated: begin again")
 
     def give_back(self, decoding: Decoding) -> None:
         with self._lock:
-            if decoding.epoch == self._epoch:
+            if decoding.epoch == self.epoch:
                 self._kept = decoding
 
     def clear(self) -> None:
         """Frees what is kept, and has nothing kept of what is lent."""
         with self._lock:
             self._kept = None
-            self._epoch += 1
+            self.epoch += 1
 
     def __deepcopy__(self, memo: Any) -> "Sessions":
         return Sessions()

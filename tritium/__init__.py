@@ -27,6 +27,7 @@ _PUBLIC = {
     "from_transformers": "dropin.conversion",
     "to_transformers": "dropin.conversion",
     "TextGenerator": "text",
+    "Engine": "engine.engine",
     "SamplingOptions": "generation",
     "Decoder": "decoder",
     "ModelOutput": "decoder",

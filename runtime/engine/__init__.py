@@ -1,0 +1,1 @@
+"""Many requests at a time over one paged cache: see docs/architecture/serving.md."""
