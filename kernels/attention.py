@@ -131,7 +131,7 @@ def _attend_tiles(
     v_desc,
     table_ptr,  # the sequence's pages
     kv_head,
-    start,  # of the sequence among the packed tokens
+    start,  # slot of the sequence's first key, where not PAGED
     length,  # keys of the sequence
     first,  # key of the first tile
     last,  # end of the last one
@@ -230,8 +230,8 @@ def _attention_kernel(
     out_ptr,  # [T, Hq, D], contiguous
     lse_ptr,  # float32 [Hq, T], where LSE
     starts_ptr,  # [rows + 1]
-    lengths_ptr,  # [rows], where PAGED
-    table_ptr,  # [rows, pages], where PAGED
+    lengths_ptr,  # [rows], where PAGED or DENSE
+    table_ptr,  # [rows, pages], where PAGED; where DENSE [rows], the place of each row's first key among its own
     stride_lse,
     num_rows,
     groups,  # query heads of a key/value head
@@ -241,12 +241,14 @@ def _attention_kernel(
     stride_kt,
     stride_vh,
     stride_vt,
-    stride_table,
+    stride_table,  # where DENSE, the slots from one row's keys to the next's
+    stride_row,  # where DENSE, of `lengths` and `table`
     scale,  # times log2(e): exponentials are powers of two
     window,
     D: tl.constexpr,
     PAGED: tl.constexpr,
     PAGE: tl.constexpr,
+    DENSE: tl.constexpr,  # a row's keys lie one after another, wherever they begin
     WINDOWED: tl.constexpr,
     TMA: tl.constexpr,
     LSE: tl.constexpr,
@@ -261,9 +263,13 @@ def _attention_kernel(
     if begin >= num_queries:
         return
     length = num_queries
+    keys = start  # the slot of the first one
     if PAGED:
         length = tl.load(lengths_ptr + row)
         table_ptr += tl.cast(row, tl.int64) * stride_table
+    if DENSE:
+        length = tl.load(lengths_ptr + row * stride_row)
+        keys = row * stride_table + tl.load(table_ptr + row * stride_row)
     head = tl.program_id(1)
     kv_head = head // groups
     k_ptr += kv_head.to(tl.int64) * stride_kh * UNIT
@@ -294,7 +300,7 @@ def _attention_kernel(
             full_first = tl.minimum(edge, tl.maximum(high, 0) // BLOCK_N * BLOCK_N)  # only the last loop minds the tail
             full_last = tl.where(edge < full_last, full_last, full_first)
             acc, total, best = _attend_tiles(
-                acc, total, best, q, o_m, k_ptr, v_ptr, k_desc, v_desc, table_ptr, kv_head, start, length,
+                acc, total, best, q, o_m, k_ptr, v_ptr, k_desc, v_desc, table_ptr, kv_head, keys, length,
                 first, full_first, stride_kt, stride_vt, scale, window,
                 True, False, D, PAGED, PAGE, WINDOWED, TMA, BLOCK_N, BLOCK_D,
             )  # fmt: skip
@@ -302,12 +308,12 @@ def _attention_kernel(
             full_last = first
     if TMA or not WINDOWED:
         acc, total, best = _attend_tiles(
-            acc, total, best, q, o_m, k_ptr, v_ptr, k_desc, v_desc, table_ptr, kv_head, start, length,
+            acc, total, best, q, o_m, k_ptr, v_ptr, k_desc, v_desc, table_ptr, kv_head, keys, length,
             full_first, full_last, stride_kt, stride_vt, scale, window,
             False, False, D, PAGED, PAGE, WINDOWED, TMA, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     acc, total, best = _attend_tiles(
-        acc, total, best, q, o_m, k_ptr, v_ptr, k_desc, v_desc, table_ptr, kv_head, start, length,
+        acc, total, best, q, o_m, k_ptr, v_ptr, k_desc, v_desc, table_ptr, kv_head, keys, length,
         full_last, high + 1, stride_kt, stride_vt, scale, window,
         True, True, D, PAGED, PAGE, WINDOWED, TMA, BLOCK_N, BLOCK_D,
     )  # fmt: skip
@@ -363,12 +369,18 @@ def _run(
     scale: float,
     window: int | None,
     with_lse: bool = False,
+    row_slots: int | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """(out, logsumexp). With `row_slots`, keys are dense: k and v are [Hk, slots, D], row r's own slots begin at
+    r * row_slots, and `table` [rows], strided like `lengths`, says at which of them its first key lies.
+    """
     require(q, k, v, starts, table, lengths)
     heads_first = table is not None
+    pages = table if row_slots is None else None
+    is_paged = pages is not None
     if q.dim() == k.dim() == 3 and not heads_first and k.shape[0] != q.shape[0]:
         raise ValueError(f"k must have the {q.shape[0]} tokens of q, got {list(k.shape)}")
-    if q.dim() != 3 or k.dim() != 3 + heads_first or k.shape != v.shape or k.shape[-1] != q.shape[-1]:
+    if q.dim() != 3 or k.dim() != 3 + is_paged or k.shape != v.shape or k.shape[-1] != q.shape[-1]:
         raise ValueError(f"q, k and v do not fit: {list(q.shape)}, {list(k.shape)} and {list(v.shape)}")
     if k.dtype != q.dtype or v.dtype != q.dtype:
         raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
@@ -387,27 +399,29 @@ def _run(
     for name, integers, shape in (("starts", starts, (num_rows + 1,)), ("lengths", lengths, (num_rows,))):
         if integers is not None and (integers.shape != shape or integers.dtype != torch.int32):
             raise ValueError(f"{name} must be {list(shape)} int32, got {list(integers.shape)} {integers.dtype}")
-    if table is not None and (table.dim() != 2 or table.shape[0] != num_rows or table.dtype != torch.int32):
-        raise ValueError(f"page_table must be [{num_rows}, pages] int32, got {list(table.shape)} {table.dtype}")
-    if table is not None and num_rows and not (table.shape[1] and k.shape[1]):
-        raise ValueError(f"page_table {list(table.shape)} and caches {list(k.shape)} hold no page")
+    if pages is not None and (pages.dim() != 2 or pages.shape[0] != num_rows or pages.dtype != torch.int32):
+        raise ValueError(f"page_table must be [{num_rows}, pages] int32, got {list(pages.shape)} {pages.dtype}")
+    if pages is not None and num_rows and not (pages.shape[1] and k.shape[1]):
+        raise ValueError(f"page_table {list(pages.shape)} and caches {list(k.shape)} hold no page")
     allocate = torch.zeros if with_lse else torch.empty
     out = allocate(q.shape, dtype=q.dtype, device=q.device)
     lse = allocate((num_heads, tokens) if with_lse else 0, dtype=torch.float32, device=q.device)
     if not q.numel() or not num_rows:
         return out, lse
     starts = starts.contiguous()
-    lengths = None if lengths is None else lengths.contiguous()
-    table = table if table is None or table.stride(1) == 1 else table.contiguous()
+    if pages is not None and lengths is not None:
+        lengths = lengths.contiguous()
+        table = pages if pages.stride(1) == 1 else pages.contiguous()
 
     block_d = max(triton.next_power_of_2(head_dim), 16)
     options = dict(tuning.config("attention", q.device, head_dim=head_dim, itemsize=q.element_size()))
-    page = k.shape[2] if heads_first else 0
+    page = k.shape[2] if is_paged else 0
     if page % options["BLOCK_N"]:
         raise ValueError(f"the page size must be a multiple of {options['BLOCK_N']} tokens, the key tile, got {page}")
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     # [Hk, slots, D], whichever form they came in.
-    k, v = (x.flatten(1, 2) if heads_first else x.transpose(0, 1) for x in (k, v))
+    if is_paged or not heads_first:
+        k, v = (x.flatten(1, 2) if is_paged else x.transpose(0, 1) for x in (k, v))
     # Within a tile offsets are 32 bits wide.
     k, v = (x if x.stride(1) * options["BLOCK_N"] < 2**31 else x.contiguous() for x in (k, v))
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
@@ -435,12 +449,14 @@ def _run(
         num_rows,
         num_heads // num_kv_heads,
         *(stride // unit for stride in strides),
-        0 if table is None else table.stride(0),
+        row_slots if row_slots is not None else 0 if table is None else table.stride(0),
+        0 if lengths is None else lengths.stride(0),
         scale * LOG2_E,
         window or 0,
         D=head_dim,
-        PAGED=heads_first,
+        PAGED=is_paged,
         PAGE=page,
+        DENSE=row_slots is not None,
         WINDOWED=window is not None,
         TMA=descriptors[0] is not k,
         LSE=with_lse,

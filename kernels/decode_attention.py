@@ -134,7 +134,7 @@ def _split_kernel(
     q_ptr,  # [R, Hq, D]
     k_ptr,  # [Hk, pages, PAGE, D]
     v_ptr,  # like k, strides too
-    table_ptr,  # [R, max_pages]
+    table_ptr,  # [R, max_pages]; where DENSE [R], the place of each row's first key among its own
     lengths_ptr,  # [R]
     out_ptr,  # [R, Hq, D], written where the grid has one split
     partial_ptr,  # [R, Hq, splits, D] float32, written where it has more: sums of exp2(score - largest) * v
@@ -143,13 +143,15 @@ def _split_kernel(
     stride_q_row,
     stride_q_head,
     stride_head,
-    stride_page,
-    stride_table,
+    stride_page,  # where DENSE, from a key to the next
+    stride_table,  # where DENSE, the keys from one row's to the next's
+    stride_row,  # of `lengths`, and of `table` where DENSE
     window,
     scale,  # times log2(e): scores are exponents of two
     D: tl.constexpr,
     PAGE: tl.constexpr,
     GROUP: tl.constexpr,
+    DENSE: tl.constexpr,  # a row's keys lie one after another, wherever they begin
     HAS_WINDOW: tl.constexpr,
     ONE_SPLIT: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -159,11 +161,14 @@ def _split_kernel(
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
-    length = tl.load(lengths_ptr + row)
+    length = tl.load(lengths_ptr + row * stride_row)
     first_key, first_page, end_page = seen(length, window, PAGE, HAS_WINDOW)
     index = first_page + split
     # What this program needs first is asked for before it knows whether it has anything to do.
-    page = tl.load(table_ptr + row * stride_table + index, mask=index < max_pages, other=0).to(tl.int64)
+    if DENSE:  # pages may begin at any key: they are counted in keys
+        page = row * stride_table + tl.load(table_ptr + row * stride_row) + index * PAGE
+    else:
+        page = tl.load(table_ptr + row * stride_table + index, mask=index < max_pages, other=0).to(tl.int64)
     o_g = tl.arange(0, BLOCK_G)
     o_d = tl.arange(0, BLOCK_D)
     o_h = kv_head * GROUP + o_g
@@ -247,6 +252,7 @@ def _merge_kernel(
     out_ptr,  # [R, Hq, D]
     num_splits,
     max_pages,
+    stride_row,  # of `lengths`
     window,
     D: tl.constexpr,
     PAGE: tl.constexpr,
@@ -256,7 +262,7 @@ def _merge_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     o_row = row * tl.num_programs(1) + tl.program_id(1)
-    length = tl.load(lengths_ptr + row)
+    length = tl.load(lengths_ptr + row * stride_row)
     _, first_page, end_page = seen(length, window, PAGE, HAS_WINDOW)
     count = tl.minimum(end_page - first_page, num_splits)  # the splits that were written; the others are not read
     o_d = tl.arange(0, BLOCK_D)
@@ -287,18 +293,42 @@ def decode_attention(
     kernel can run, TypeError and ValueError for what does not fit.
     """
     check(q, k_cache, v_cache, page_table, lengths, window)
-    (rows, num_heads, head_dim), (num_kv_heads, pages, page_size, _) = q.shape, k_cache.shape
-    max_pages = page_table.shape[1]
+    pages, page_size = k_cache.shape[1:3]
+    if not pages or not page_table.shape[1]:
+        return torch.zeros(q.shape, dtype=q.dtype, device=q.device)  # nothing is cached
+    if page_table.stride(1) != 1:
+        page_table = page_table.contiguous()
+    place = (k_cache.stride(0), k_cache.stride(1), page_table.stride(0))
+    return split(
+        q, k_cache, v_cache, page_table, lengths, place, page_table.shape[1], page_size, scale, window, longest
+    )
+
+
+def split(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    place: tuple[int, int, int],
+    max_pages: int,
+    page_size: int,
+    scale: float,
+    window: int | None,
+    longest: int | None = None,
+    dense: bool = False,
+) -> Tensor:
+    """Launches both kernels over keys that lie by `place`, the kernel's strides of heads, of pages and of the table.
+
+    Where `dense`, `table` [R] says where each row's first key lies among its own, and is strided like `lengths`.
+    """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not out.numel():
         return out
-    if not pages or not max_pages:
-        return out.zero_()  # nothing is cached
     if q.stride(2) != 1:
         q = q.contiguous()
-    if page_table.stride(1) != 1:
-        page_table = page_table.contiguous()
-    lengths = lengths.contiguous()
+    rows, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[1 if dense else 0]
     splits = most_splits(max_pages, page_size, window, longest)
     group = num_heads // num_kv_heads
     key = {"head_dim": head_dim, "itemsize": q.element_size(), "group": group}
@@ -319,9 +349,9 @@ def decode_attention(
         _split_kernel,
         (rows, num_kv_heads, splits),
         q,
-        k_cache,
-        v_cache,
-        page_table,
+        k,
+        v,
+        table,
         lengths,
         out,
         partial,
@@ -329,12 +359,12 @@ def decode_attention(
         max_pages,
         q.stride(0),
         q.stride(1),
-        k_cache.stride(0),
-        k_cache.stride(1),
-        page_table.stride(0),
+        *place,
+        lengths.stride(0),
         window or 0,
         scale * math.log2(math.e),
         GROUP=group,
+        DENSE=dense,
         ONE_SPLIT=splits == 1,
         BLOCK_G=max(16, triton.next_power_of_2(group)),
         **shape,
@@ -350,6 +380,7 @@ def decode_attention(
             out,
             splits,
             max_pages,
+            lengths.stride(0),
             window or 0,
             BLOCK_S=block_s,
             num_warps=4,

@@ -18,7 +18,8 @@ from torch import Tensor
 from .cross_entropy import IGNORE_INDEX
 
 _FILES = (  # importing one registers its operations, and those that its gradient needs
-    *("attention_backward", "combine", "decode_attention", "decode_linear", "grouped_linear_backward", "layer_norm"),
+    *("attention_backward", "combine", "decode_attention", "decode_linear", "dense_attention"),
+    *("grouped_linear_backward", "layer_norm"),
     *("linear_cross_entropy", "qk_norm_rope_backward", "quantised_linear", "rms_norm", "rope_decode_attention"),
     *("routing_backward", "sampling", "swiglu"),
 )
@@ -187,6 +188,24 @@ def decode_attention(
     """
     how = (page_table, lengths, _scale(q, scale), window, longest)
     found: Tensor = _OPERATIONS.decode_attention(q, k_cache, v_cache, *how)
+    return found
+
+
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor,
+    lengths: Tensor,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """The last queries of each row over dense keys, left padding and room behind left out: one query, or many.
+
+    q [B, S, Hq, D], k and v [B, Hk, L, D] (views will do) -> [B, S, Hq, D]. Row b's keys are the lengths[b] ones from
+    first[b] on, those of its queries included; both [B] int32. Queries before the first key give 0.
+    """
+    found: Tensor = _OPERATIONS.dense_attention(q, k, v, first, lengths, _scale(q, scale), window)
     return found
 
 

@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 from tritium.kernels.decode_attention import decode_attention
+from tritium.kernels.dense_attention import dense_attention
 
 from .matrix import Case, meta
 
@@ -24,6 +25,13 @@ def call(
     # q as the runtime has it: a slice of the packed projection.
     q = meta(rows, heads + 2 * kv_heads, head_dim, dtype=dtype)[:, :heads]
     decode_attention(q, cache, cache, table, lengths, head_dim**-0.5, window, longest)
+
+
+def dense(rows: int, room: int) -> None:
+    """A static cache of `transformers`, with the rows' bounds as columns of one tensor."""
+    cache, bounds = meta(rows, 8, room, 128, dtype=torch.bfloat16), meta(rows, 2, dtype=torch.int32)
+    q = meta(rows, 32, 1, 128, dtype=torch.bfloat16).transpose(1, 2)
+    dense_attention(q, cache, cache, bounds[:, 0], bounds[:, 1], 128**-0.5)
 
 
 def case(name: str, *args: int, wide: bool = True, **options: object) -> Case:
@@ -47,6 +55,8 @@ CASES = [
     case("d256 group 4 few programs bfloat16", 8, 2, 256),
     case("d256 group 4 bfloat16", 8, 2, 256, rows=64),
     case("d256 group 64 bfloat16", 64, 1, 256, rows=64),
+    Case("dense d128 group 4 bfloat16", partial(dense, 4, 4096), wide=True),
+    Case("dense d128 group 4 one split bfloat16", partial(dense, 4, PAGE), wide=True),
     case("d64 group 3 float32", 9, 3, 64, rows=32, dtype=F32),
     case("d64 group 64 float32", 64, 1, 64, rows=64, dtype=F32),
     case("d128 group 64 float32", 64, 1, 128, rows=64, dtype=F32),

@@ -58,6 +58,7 @@ def calls() -> dict[str, Call]:
     rope_two = (*two, torch.float32, True, weight, 1e-6, True, None)
     scale = DIM**-0.5
     starts = ints(0, 3, 5)
+    dense = (draw(2, 3, HEADS, DIM), draw(2, KV_HEADS, 6, DIM), draw(2, KV_HEADS, 6, DIM, seed=1))
     q, k, v = draw(5, HEADS, DIM), draw(5, KV_HEADS, DIM), draw(5, KV_HEADS, DIM, seed=3)
     labels = ints(3, -100, 0, 6, 1, dtype=torch.int64)
     experts = ints(2, 0, 1, 2, 0, 1, 2, 1, 0, 1).view(5, 2)
@@ -83,6 +84,7 @@ def calls() -> dict[str, Call]:
         "paged_attention": Call(
             (q, k_cache, v_cache, pages, starts, lengths), {}, (q, k_cache, v_cache, pages, starts, lengths, scale)
         ),
+        "dense_attention": Call((*dense, ints(0, 2), ints(6, 4)), {}, (*dense, ints(0, 2), ints(6, 4), scale)),
         "decode_attention": Call(
             (q[:2], k_cache, v_cache, pages, lengths), {}, (q[:2], k_cache, v_cache, pages, lengths, scale)
         ),
@@ -115,6 +117,10 @@ def definition(name: str) -> Callable[..., Any]:
         from tritium.kernels.rms_norm import add_rms_norm_reference
 
         return add_rms_norm_reference
+    if name == "dense_attention":
+        from tritium.kernels.dense_attention import dense_attention_reference
+
+        return dense_attention_reference
     found: Callable[..., Any] = getattr(DEFINITIONS, name)
     return found
 
