@@ -8,10 +8,10 @@ For every token t and every head h of q and k, with x = qkv[t, h] of D elements 
     q, k = rotate(norm(x))   (norm_first: Qwen3)      or      norm(rotate(x))   (MobileLLM-R1)
     q'   = q * f_t           (log-n scaling by J. Su, as Qwen uses it: arXiv:2309.16609; k stays as it is)
 
-Shapes: qkv [T, (Hq + 2 Hk) * D], heads in the order q, k, v; cos and sin [T, 1, D] (see `rope_rows`), or the table
-[context, 2, D/2] of every position's (cos, sin) in float32 with positions [T], int32 or int64; the factors f as [T],
-or as query_scale [context], one for each row of the table, in float32;
-weight [Hq + Hk, D] (q's vector repeated for its heads, then k's) or None; q [T, Hq, D], k and v [T, Hk, D];
+Shapes: qkv [T, (Hq + 2 Hk) * D], heads in the order q, k, v (Hk = 0: a projection of its own); cos and sin [T, 1, D]
+(see `rope_rows`), or the table [context, 2, D/2] of every position's (cos, sin) in float32 with positions [T], int32 or
+int64; the factors f as [T], or as query_scale [context], one for each row of the table, in float32; weight [Hq + Hk, D]
+(q's vector repeated for its heads, then k's) or None; q [T, Hq, D], k and v [T, Hk, D];
 caches [Hk, pages, PAGE, D], a page of one head contiguous, slots [T] = page * PAGE + offset, or -1 to write nothing.
 Rounding: the norm as in rms_norm.py. The rotation happens in cos's dtype, or `rope_dtype`: the model dtype for Qwen and
 Llama (cos, sin, each product and the sum round), float32 for MobileLLM-R1 (one rounding, to the model dtype). What is
@@ -355,7 +355,7 @@ def check(
     """Raises what a caller's mistake deserves, of this operation or of its gradient; the head's width."""
     require(qkv, table, positions, weight, query_scale)
     count = num_heads + 2 * num_kv_heads
-    if num_heads < 1 or num_kv_heads < 1:
+    if num_heads < 1 or num_kv_heads < 0:
         raise ValueError(f"there must be heads, got {num_heads} of q and {num_kv_heads} of k and v")
     if qkv.dim() != 2 or qkv.shape[1] % (2 * count):
         raise ValueError(f"qkv must be [T, {count} heads of an even width], got {list(qkv.shape)}")

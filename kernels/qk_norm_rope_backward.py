@@ -220,7 +220,8 @@ def qk_norm_rope_backward(
     dweight = qkv.new_empty((rotated, head_dim) if summed else (0,))
     if not tokens:
         return dqkv, dweight.zero_()
-    dq, dk = rows_of(dq.flatten(1)), rows_of(dk.flatten(1))
+    dq = rows_of(dq.flatten(1))
+    dk = rows_of(dk.flatten(1)) if num_kv_heads else dq  # which nothing reads
     options = dict(tuning.config("qk_norm_rope_backward", qkv.device, head_dim=head_dim))
     span = options.pop("SPAN")
     span = span if summed else 1  # nothing is summed over tokens: each may have its own program

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tritium.kernels.swiglu import swiglu_backward_reference, swiglu_reference
+from tritium.kernels.swiglu import silu_mul_reference, swiglu_backward_reference, swiglu_reference
 
 from ..case import Call, Case, Draw, Prepare, call, kernel
 from ..peers import compiled, flashinfer, liger
@@ -36,6 +36,24 @@ def swiglu(rows: int, width: int) -> Case:
             "torch.compile": compiled(swiglu_reference),
             "liger": liger("swiglu", "LigerSiLUMulFunction", _apart),
             "flashinfer": flashinfer(lambda package, x: lambda: package.activation.silu_and_mul(x)),
+        },
+    )
+
+
+def apart(rows: int, width: int) -> Case:
+    """Of two projections, as models of `transformers` have them."""
+    return Case(
+        name=f"apart {rows} x {width}",
+        make=lambda draw: (draw.normal(rows, width), draw.normal(rows, width)),
+        ours=kernel("swiglu", "silu_mul"),
+        definition=silu_mul_reference,
+        reads=2 * rows * width * ITEM,
+        writes=rows * width * ITEM,
+        flop=5 * rows * width,
+        peers={
+            "torch": call(silu_mul_reference),
+            "torch.compile": compiled(silu_mul_reference),
+            "liger": liger("swiglu", "LigerSiLUMulFunction", lambda *pair: pair),
         },
     )
 
@@ -98,7 +116,8 @@ def backward(rows: int, width: int) -> Case:
 CASES = [
     swiglu(8192, 32768),
     *(swiglu(rows, spec(model).hidden_dim) for model in MODELS for rows in (1, 4096)),
+    *(apart(4096, spec(model).hidden_dim) for model in MODELS),
     backward(8192, 32768),
     *(backward(4096, spec(model).hidden_dim) for model in MODELS),
 ]
-SMOKE = [swiglu(3, 48), backward(3, 48)]
+SMOKE = [swiglu(3, 48), apart(3, 48), backward(3, 48)]

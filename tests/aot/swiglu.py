@@ -1,7 +1,7 @@
 """SwiGLU and its gradient: few and many rows, widths with and without 128-bit loads, strided rows."""
 
 import torch
-from tritium.kernels.swiglu import swiglu, swiglu_backward
+from tritium.kernels.swiglu import silu_mul, silu_mul_backward, swiglu, swiglu_backward
 
 from .matrix import Case, meta
 
@@ -29,8 +29,15 @@ CASES = [
     Case("64 x 1365 bfloat16", lambda: swiglu(meta(64, 2 * 1365))),
     Case("1 x 3072 float32", lambda: swiglu(meta(1, 2 * 3072, dtype=torch.float32)), wide=True),
     Case("4096 x 3072 float32", lambda: swiglu(meta(4096, 2 * 3072, dtype=torch.float32)), wide=True),
+    Case("apart 4096 x 3072 bfloat16", lambda: silu_mul(meta(4096, 3072), meta(4096, 3072)), wide=True),
+    Case("apart 64 x 1365 bfloat16", lambda: silu_mul(meta(64, 1365), meta(64, 1365))),
     backward(1, 3072),
     backward(4096, 3072),
+    Case(
+        "backward apart 4096 x 3072 bfloat16",
+        lambda: silu_mul_backward(meta(4096, 3072), meta(4096, 3072), meta(4096, 3072)),
+        wide=True,
+    ),
     backward(4096, 576, torch.float16),
     backward(4096, 3072, strided=True),
     backward(64, 1365, wide=False),

@@ -87,6 +87,28 @@ def test_sums_over_many_tokens(tokens: int, dtype: torch.dtype) -> None:
     check(inputs(tokens, 2, 1, 16, dtype, ("weighted", tokens % 2 == 1, "model")))
 
 
+@pytest.mark.parametrize("mode", [MODES[5], MODES[8]])
+@pytest.mark.parametrize("definition", [False, True], ids=["kernel", "definition"])
+def test_projections_apart_are_the_packed_one(
+    mode: tuple[str, bool, str], definition: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradients by two calls without heads of k and v, by autograd, compiled or not."""
+    if definition:
+        monkeypatch.setattr(launch, "obstacle", lambda *args: "none shall run")
+    args = inputs(3, 5, 2, 24, torch.bfloat16, mode)
+    given, upstreams = upstream(args), (OP, torch.compile(OP, fullgraph=True, backend="aot_eager"))
+    dqkv, dweight = torch.ops.tritium.qk_norm_rope_backward(*given, *args, True)
+    for op in upstreams:
+        for index, (first, count) in enumerate(((0, 5), (5, 2))):
+            weight = None if args.weight is None else args.weight[first : first + count]
+            apart = args._replace(qkv=args.qkv[:, first * 24 :][:, : count * 24], num_heads=count, num_kv_heads=0)
+            apart, wanted = leaves(apart._replace(weight=weight), torch.bfloat16)
+            found = torch.autograd.grad(op(*apart)[0], wanted, given[index])
+            assert same_bits(found[0], dqkv[:, first * 24 :][:, : count * 24])
+            if weight is not None:
+                assert same_bits(found[1], dweight[first : first + count])
+
+
 @needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)

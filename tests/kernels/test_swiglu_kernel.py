@@ -7,7 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 from tritium.kernels import launch
-from tritium.kernels.swiglu import swiglu, swiglu_backward, swiglu_backward_reference, swiglu_reference
+from tritium.kernels.swiglu import (
+    silu_mul,
+    silu_mul_backward,
+    silu_mul_backward_reference,
+    silu_mul_reference,
+    swiglu,
+    swiglu_backward,
+    swiglu_backward_reference,
+    swiglu_reference,
+)
 
 from ..rule import DEVICE, DTYPES, assert_rule, draw, needs_gpu, room_around_outputs, same_bits, truth_of
 
@@ -336,3 +345,50 @@ def test_the_gradient_can_be_differentiated() -> None:
         (gradient,) = torch.autograd.grad(function(leaf), leaf, dy.to(dtype), create_graph=True)
         found.append(torch.autograd.grad(gradient.square().sum(), leaf)[0].double())
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 8), (2, 3, 56), (65, 513)])
+def test_apart_is_the_packed_one(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """To the bit, gradients too, from contiguous and from strided projections."""
+    gate_up, dy = draw(*shape[:-1], 2 * shape[-1], dtype=dtype, scale=3.0), draw(*shape, dtype=dtype, seed=1)
+    packed, gradient = swiglu(gate_up), swiglu_backward(dy, gate_up)
+    gate, up = gate_up.chunk(2, -1)
+    for pair in ((gate, up), (gate.contiguous(), up), (gate.contiguous(), up.contiguous())):
+        assert same_bits(silu_mul(*pair), packed)
+        found = silu_mul_backward(dy, *pair)
+        assert all(x.is_contiguous() for x in found)
+        assert same_bits(torch.cat(found, -1), gradient)
+    assert same_bits(silu_mul_reference(gate, up), swiglu_reference(gate_up))
+    expected = swiglu_backward_reference(dy, gate_up)
+    assert same_bits(torch.cat(silu_mul_backward_reference(dy, gate, up), -1), expected)
+
+
+@pytest.mark.parametrize("definition", [False, True], ids=["kernel", "definition"])
+def test_apart_registered(definition: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if definition:
+        monkeypatch.setattr(launch, "obstacle", lambda *args: "none shall run")
+    op, backward = torch.ops.tritium.silu_mul, torch.ops.tritium.silu_mul_backward
+    gate = draw(3, 4, 32, dtype=torch.float32).requires_grad_()
+    up, dy = draw(3, 4, 32, dtype=torch.float32, seed=1).requires_grad_(), draw(3, 4, 32, dtype=torch.float32, seed=2)
+    torch.library.opcheck(op, (gate, up))
+    torch.library.opcheck(backward, (dy, gate.detach(), up.detach()))
+    torch.library.opcheck(op, (gate.detach()[0, :, :0], up.detach()[0, :, :0]))
+    expected = backward(dy, gate.detach(), up.detach())
+    compiled = torch.compile(lambda *pair: op(*pair), fullgraph=True, backend="aot_eager")
+    for function in (op, compiled):
+        assert all(map(same_bits, torch.autograd.grad(function(gate, up), (gate, up), dy), expected))
+    (alone,) = torch.autograd.grad(op(gate.detach(), up), up, dy)
+    assert same_bits(alone, expected[1])
+
+
+def test_apart_refuses_what_does_not_fit() -> None:
+    gate, up = draw(2, 32, dtype=torch.float32), draw(2, 32, dtype=torch.float32, seed=1)
+    for wrong in (up[:1], up.half(), up[:, :16]):
+        for function in (silu_mul, silu_mul_reference):
+            with pytest.raises(ValueError, match=r"gate and up must be .* of one shape and dtype, got \[2, 32\]"):
+                function(gate, wrong)
+    with pytest.raises(ValueError, match=r"dy must be \[2, 32\] torch.float32, as swiglu's output, got \[1, 32\]"):
+        silu_mul_backward(gate[:1], gate, up)
+    with pytest.raises(RuntimeError, match="computes no gradients"):
+        silu_mul(gate, up.requires_grad_())
