@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from .errors import TritiumError
 from .generation import SamplingOptions, generate_padded
 from .kernel_set import REFERENCE, KernelSet, Loss, normalise
 from .layers import Layer, TransformerDecoder, as_spec
+from .log_probs import Log, padded
 from .parallel.exchange import Exchange
 from .plan import Dense, Norm, Plan
 from .quantisation import QuantisedLinear, check_dense, draw
@@ -134,20 +135,11 @@ class Decoder(nn.Module):
         in memory, and None in the result. Raises TritiumError for token ids outside the vocabulary, rows beyond the
         context length and shapes that do not fit; under torch.compile ids are not looked at.
         """
-        if input_ids.dim() != 2:
-            raise TritiumError(f"input_ids: must be [batch, length], got {list(input_ids.shape)}")
         if labels is not None and labels.shape != input_ids.shape:
             raise TritiumError(f"labels: must be {list(input_ids.shape)} like input_ids, got {list(labels.shape)}")
-        if torch.compiler.is_compiling():
-            padding, batch = Padding.traced(input_ids, attention_mask)
-            self.check_length(input_ids.shape[1])
-        else:
-            self.check_tokens(input_ids, "input_ids")
-            if labels is not None:
-                self.check_tokens(labels.masked_fill(labels == IGNORE_INDEX, 0), "labels")
-            padding = Padding.of(input_ids, attention_mask)
-            self.check_length(max(padding.counts, default=0))
-            batch = Batch.fresh(padding.counts, input_ids.device)
+        padding, batch = self._packed(input_ids, attention_mask)
+        if labels is not None and not torch.compiler.is_compiling():
+            self.check_tokens(labels.masked_fill(labels == IGNORE_INDEX, 0), "labels")
         kernels = self.kernels
         x, norm = self._advance(padding.pack(input_ids), batch, kernels)
         follow = None if labels is None else _next_labels(padding.pack(labels), batch.device_starts)
@@ -171,9 +163,10 @@ class Decoder(nn.Module):
         *,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
-        reduction: Literal["mean", "sum"] = "mean",
+        reduction: Literal["mean", "sum", "none"] = "mean",
     ) -> Tensor:
-        """The loss of packed sequences, a float32 scalar: what a training step calls. Logits never stand whole.
+        """The loss of packed sequences, a float32 scalar: what a training step calls. Logits never stand whole. With
+        the reduction `none` each token's, [T]: without the other options, minus the next one's log-probability.
 
         tokens [T] int64, labels [T] int64: what follows each token, -100 where that does not count; `batch` bounds the
         sequences (`Batch.fresh(counts, device)`). Ids and lengths are the caller's to check: nothing here waits for the
@@ -183,6 +176,33 @@ class Decoder(nn.Module):
         x, norm = self._advance(tokens, batch, kernels)
         how = Loss(label_smoothing, z_loss, reduction)
         return kernels.norm_head_loss(x, norm, self._bind_head(), labels, how)[1]
+
+    def log_probs(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The log-probability of each next token, float32 [B, S - 1]: of input_ids[:, 1:], given all that is before.
+
+        input_ids [B, S] int64, attention_mask [B, S] (1 at real tokens, any padding). 0 for padding, and for a row's
+        first token where padding is before it: nothing foretells it. With gradients where they are enabled; logits
+        never stand whole. See runtime/log_probs.py for when these are what generation reports, to the bit. Raises what
+        `forward` raises.
+        """
+        padding, batch = self._packed(input_ids, attention_mask)
+        kernels = self.kernels
+        x, norm = self._advance(padding.pack(input_ids), batch, kernels)
+        follow = _next_labels(padding.pack(input_ids), batch.device_starts)
+        losses = kernels.norm_head_loss(x, norm, self._bind_head(), follow, Loss(reduction="none"))[1]
+        return padding.unpack(-losses)[:, :-1]
+
+    def _packed(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Padding, Batch]:
+        """How padded rows are packed. Raises TritiumError for what `forward` refuses of them."""
+        if input_ids.dim() != 2:
+            raise TritiumError(f"input_ids: must be [batch, length], got {list(input_ids.shape)}")
+        if torch.compiler.is_compiling():
+            self.check_length(input_ids.shape[1])
+            return Padding.traced(input_ids, attention_mask)
+        self.check_tokens(input_ids, "input_ids")
+        padding = Padding.of(input_ids, attention_mask)
+        self.check_length(max(padding.counts, default=0))
+        return padding, Batch.fresh(padding.counts, input_ids.device)
 
     def _advance(self, tokens: Tensor, batch: Batch, kernels: KernelSet) -> tuple[Tensor, Norm | None]:
         """Packed tokens [T] -> the stream [T, E] after all blocks, and the norm that comes last; without a cache."""
@@ -244,6 +264,7 @@ class Decoder(nn.Module):
             x = x[[end - 1 for end in batch.starts[1:]]]
         return kernels.norm_head(x, plan.norm, plan.head)
 
+    @overload
     def generate(
         self,
         input_ids: Tensor,
@@ -257,15 +278,54 @@ class Decoder(nn.Module):
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int = 0,
         progress: Callable[[int], None] | None = None,
-    ) -> Tensor:
+        return_log_probs: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int = 100,
+        temperature: float = 1.0,
+        top_p: float = 0.9,
+        *,
+        top_k: int = 0,
+        seed: int | None = None,
+        attention_mask: Tensor | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int = 0,
+        progress: Callable[[int], None] | None = None,
+        return_log_probs: Literal[True],
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int = 100,
+        temperature: float = 1.0,
+        top_p: float = 0.9,
+        *,
+        top_k: int = 0,
+        seed: int | None = None,
+        attention_mask: Tensor | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int = 0,
+        progress: Callable[[int], None] | None = None,
+        return_log_probs: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Prompts [B, S] -> prompts followed by what was generated, [B, S + N] with N at most `max_new_tokens`.
 
         Row r draws with the seed `seed + r` (a fresh random seed when None), so that a row repeats whatever else is
         in the batch. `temperature=0` is greedy. A row that met an EOS is filled with `pad_token_id` behind it.
+
+        With `return_log_probs` the log-probabilities of the new tokens come besides, float32 [B, N], 0 behind an EOS:
+        at temperature 1 over all ids, whatever the token was chosen by.
         """
         options = SamplingOptions(max_new_tokens, temperature, top_k, top_p, seed)
         eos = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-        return generate_padded(self, input_ids, attention_mask, options, eos, pad_token_id, progress)
+        log: Log | None = [] if return_log_probs else None
+        tokens = generate_padded(self, input_ids, attention_mask, options, eos, pad_token_id, progress, log)
+        return tokens if log is None else (tokens, padded(log, len(tokens)).to(tokens.device))
 
     def check_tokens(self, tokens: Tensor, what: str) -> None:
         """Raises TritiumError where an id lies outside the vocabulary: checked before anything indexes with it."""

@@ -33,7 +33,7 @@ class Loss:
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
-    reduction: Literal["mean", "sum"] = "mean"
+    reduction: Literal["mean", "sum", "none"] = "mean"
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class KernelSet:
     norm_gate_up_act: Callable[[Tensor, Norm | None, Mlp], tuple[Tensor, Tensor]]
     norm_experts: Callable[[Tensor, Norm | None, Experts, Tensor | None], Tensor]
     norm_head: Callable[[Tensor, Norm | None, Dense], tuple[Tensor | None, Tensor]]
-    cross_entropy: Callable[[Tensor, Tensor], Tensor]
+    cross_entropy: Callable[..., Tensor]
     norm_head_loss: Callable[[Tensor, Norm | None, Dense, Tensor, Loss], tuple[Tensor, Tensor]]
     sample: Callable[[Tensor, float, int, float, Tensor | None], Tensor]
     decode: "KernelSet | None" = None  # what decode steps run instead; None: this one
@@ -177,13 +177,17 @@ def _norm_head(x: Tensor, norm: Norm | None, head: Dense) -> tuple[Tensor, Tenso
     return hidden, _project(hidden, head)
 
 
-def head_loss(operations: Operations, hidden: Tensor, head: Dense, labels: Tensor, loss: Loss) -> Tensor:
-    """The loss of the head's projection of normalised x [T, E] against labels [T]: a scalar."""
+def head_loss(
+    operations: Operations, hidden: Tensor, head: Dense, labels: Tensor, loss: Loss, invariant: bool = False
+) -> Tensor:
+    """The loss of the head's projection of normalised x [T, E] against labels [T]: a scalar, or [T]. `invariant` as in
+    kernels/linear_cross_entropy.py.
+    """
     options = (IGNORE_INDEX, loss.label_smoothing, loss.z_loss, loss.reduction)
     if isinstance(head, QuantisedDense):
         logits = operations.quantised_linear(hidden, head.weight, head.scale, head.bias)
         return operations.cross_entropy(logits, labels, *options)
-    return operations.linear_cross_entropy(hidden, head.weight, labels, *options)
+    return operations.linear_cross_entropy(hidden, head.weight, labels, *options, invariant)
 
 
 def _norm_head_loss(x: Tensor, norm: Norm | None, head: Dense, labels: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:

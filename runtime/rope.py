@@ -168,25 +168,29 @@ class RotaryEmbedding:
         """
         if (device, stretches) in self._tables:
             return self._tables[device, stretches]
-        if len(stretches) == 1:
-            frequencies, factor = inverse_frequencies(*self._rule, stretches[0])
-            angles = torch.outer(torch.arange(self.context_length, dtype=torch.float32, device="cpu"), frequencies)
-            table = (torch.stack((angles.cos(), angles.sin()), 1) * factor).to(device)
-        else:
-            table = torch.cat([self.table(device, (stretch,)) for stretch in stretches])
+        with torch.inference_mode(False):  # one that generation made must do for training
+            table = self._made(device, stretches)
         if not isinstance(table, FakeTensor):  # a tracer's tensor must not outlive its trace
             while len(self._tables) >= self.KEPT:
                 del self._tables[next(iter(self._tables))]
             self._tables[device, stretches] = table
         return table
 
+    def _made(self, device: torch.device, stretches: tuple[float, ...]) -> Tensor:
+        if len(stretches) > 1:
+            return torch.cat([self.table(device, (stretch,)) for stretch in stretches])
+        frequencies, factor = inverse_frequencies(*self._rule, stretches[0])
+        angles = torch.outer(torch.arange(self.context_length, dtype=torch.float32, device="cpu"), frequencies)
+        return (torch.stack((angles.cos(), angles.sin()), 1) * factor).to(device)
+
     def query_scale(self, device: torch.device, tables: int = 1) -> Tensor | None:
         """The factor on the query for each row of a table of so many stretches: float32; None without log-n scaling."""
         if self.logn_length is None:
             return None
         if (device, tables) not in self._scales:
-            ends = torch.arange(1, self.context_length + 1, dtype=torch.float64, device="cpu")
-            scale = (ends.log() / math.log(self.logn_length)).clamp(min=1.0).float().to(device).repeat(tables)
+            with torch.inference_mode(False):  # as above
+                ends = torch.arange(1, self.context_length + 1, dtype=torch.float64, device="cpu")
+                scale = (ends.log() / math.log(self.logn_length)).clamp(min=1.0).float().to(device).repeat(tables)
             if isinstance(scale, FakeTensor):
                 return scale
             self._scales[device, tables] = scale

@@ -10,6 +10,7 @@ from .decoder import Decoder
 from .errors import TritiumError
 from .generation import SamplingOptions, generate
 from .loading import pick_device
+from .log_probs import Log
 from .tokenizer import Messages, StreamDecoder, Tokenizer
 
 
@@ -23,6 +24,7 @@ class Stats:
     new_tokens: int = 0  # with an EOS, and with what a stop string cut off
     first_token_seconds: float = 0.0
     seconds: float = 0.0
+    log_probs: list[float] | None = None  # of the new tokens, where they were asked for
 
     @property
     def tokens_per_second(self) -> float:
@@ -75,15 +77,17 @@ class TextGenerator:
         top_p: float | None = None,
         seed: int | None = None,
         stop: Sequence[str] = (),
+        log_probs: bool = False,
     ) -> str | Iterator[str]:
         """The text that follows a prompt; with `stream`, its pieces as they come, each of whole characters.
 
         Ends at an EOS of the checkpoint, before the first of the `stop` strings, or after `max_new_tokens` (None: 100,
-        or what the context has left).
+        or what the context has left). With `log_probs`, `last_stats` has the log-probability of each new token, at
+        temperature 1, whatever the token was chosen by.
         """
         tokens = self.tokenizer.encode(prompt)
         limit = self._limit(max_new_tokens, 100, tokens)
-        pieces = self._pieces(tokens, self.options(limit, temperature, top_k, top_p, seed), stop)
+        pieces = self._pieces(tokens, self.options(limit, temperature, top_k, top_p, seed), stop, log_probs)
         return pieces if stream else "".join(pieces)
 
     def chat(
@@ -99,6 +103,7 @@ class TextGenerator:
         top_p: float | None = None,
         seed: int | None = None,
         stop: Sequence[str] = (),
+        log_probs: bool = False,
     ) -> str | Iterator[str]:
         """The answer to a message, or to a whole conversation of {"role", "content"} mappings.
 
@@ -113,7 +118,7 @@ class TextGenerator:
         else:
             tokens = self.tokenizer.encode_chat(messages, enable_thinking=enable_thinking)
         limit = self._limit(max_new_tokens, 512, tokens)
-        pieces = self._pieces(tokens, self.options(limit, temperature, top_k, top_p, seed), stop)
+        pieces = self._pieces(tokens, self.options(limit, temperature, top_k, top_p, seed), stop, log_probs)
         return pieces if stream else "".join(pieces)
 
     def _limit(self, asked: int | None, usual: int, tokens: Sequence[int]) -> int:
@@ -133,18 +138,25 @@ class TextGenerator:
         chosen = {**self.tokenizer.defaults, **{key: value for key, value in given.items() if value is not None}}
         return SamplingOptions(max_new_tokens=max_new_tokens, seed=seed, **chosen)
 
-    def _pieces(self, tokens: Sequence[int], options: SamplingOptions, stop: Sequence[str]) -> Iterator[str]:
+    def _pieces(
+        self, tokens: Sequence[int], options: SamplingOptions, stop: Sequence[str], log_probs: bool
+    ) -> Iterator[str]:
         # Both check what they are given here and now, not when the first piece is asked for.
         decoder = StreamDecoder(self.tokenizer, stop)
-        steps = generate(self.model, [tokens], options, self.tokenizer.eos_ids, self._vocabulary)
-        return self._stream(decoder, steps, Stats(len(tokens)))
+        log: Log | None = [] if log_probs else None
+        steps = generate(self.model, [tokens], options, self.tokenizer.eos_ids, self._vocabulary, log)
+        return self._stream(decoder, steps, log, Stats(len(tokens), log_probs=[] if log_probs else None))
 
-    def _stream(self, decoder: StreamDecoder, steps: Iterator[list[int | None]], stats: Stats) -> Iterator[str]:
+    def _stream(
+        self, decoder: StreamDecoder, steps: Iterator[list[int | None]], log: Log | None, stats: Stats
+    ) -> Iterator[str]:
         self.last_stats = stats
         eos = set(self.tokenizer.eos_ids)
         start = time.perf_counter()
         for (token,) in steps:
             stats.note(time.perf_counter() - start)
+            if stats.log_probs is not None and log and log[-1][0] is not None:
+                stats.log_probs.append(log[-1][0])
             if token is not None and token not in eos and (piece := decoder.add(token)):
                 yield piece
             if decoder.stopped:

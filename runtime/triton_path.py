@@ -25,8 +25,9 @@ class Modes:
 
     batch_invariant: a sequence's bits do not depend on what else is in the batch. Without it, the linear layers are the
     vendor's, which choose another order of summation for another batch.
-    sampler_equals_trainer: besides (it implies the former), a token decoded is the token prefilled, to the bit: decode
-    attention then runs as a prefill of one query, in its order.
+    sampler_equals_trainer: besides (it implies the former), a token decoded is the token prefilled and the token
+    trained on, to the bit: decode attention then runs as a prefill of one query, in its order, and the loss's logits
+    are no product of the vendor's.
     """
 
     batch_invariant: bool = True
@@ -117,7 +118,9 @@ def compose(name: str, operations: "Operations", modes: Modes) -> KernelSet:
 
     def norm_head_loss(x: Tensor, norm: Norm | None, head: Dense, labels: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
         _, hidden = normalise(x, norm)
-        return hidden, head_loss(operations, hidden, head, labels, loss)
+        # A mean over the batch is the batch's own; what each token has is not to depend on its neighbours.
+        invariant = modes.sampler_equals_trainer or (own_linear and loss.reduction == "none")
+        return hidden, head_loss(operations, hidden, head, labels, loss, invariant)
 
     def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform: Tensor | None) -> Tensor:
         return operations.sample(logits, temperature, top_k, top_p, uniform)
