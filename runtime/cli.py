@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,13 @@ def _parser() -> Parser:
     how.add_argument("--stream", action="store_true", help="print the text as it comes")
     how.add_argument("--stats", action="store_true", help="say on stderr what loading, first token and decoding took")
 
-    generate = commands.add_parser("generate", parents=[source, sampling], help="continue a prompt")
-    generate.add_argument("--prompt", required=True, help="the text to continue")
+    generate = commands.add_parser("generate", parents=[source, sampling], help="continue a prompt, or a file of them")
+    asked = generate.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompt", help="the text to continue")
+    asked.add_argument(
+        "--prompts", metavar="FILE.jsonl", help='many at a time: a line each, {"prompt": "..."} or {"messages": [...]}'
+    )
+    generate.add_argument("--out", metavar="FILE", help="where the answers to --prompts go, a line each (the output)")
     generate.add_argument(
         "--tensor-parallel",
         type=int,
@@ -232,6 +237,10 @@ def _print(pieces: Iterable[str], options: argparse.Namespace) -> str:
 def _generate(options: argparse.Namespace) -> None:
     from .parallel.mesh import launched, started
 
+    if options.prompts is not None:
+        return _generate_many(options)
+    if options.out is not None:
+        raise TritiumError("--out: needs --prompts, the file whose answers it is for")
     count = options.tensor_parallel
     if count < 1 or launched() not in (0, count):
         wanted = (
@@ -246,6 +255,27 @@ def _generate(options: argparse.Namespace) -> None:
             _show(pieces, options, generator)
         else:
             _show((piece for part in ((options.prompt,), pieces) for piece in part), options, generator)
+
+
+def _generate_many(options: argparse.Namespace) -> None:
+    if options.stream or options.tensor_parallel != 1:
+        raise TritiumError(f"--prompts: not with {'--stream' if options.stream else '--tensor-parallel'}; leave it out")
+    out = None if options.out is None else Path(options.out)
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise TritiumError(f"--out: {out}: give a file in a folder that exists")
+    from .engine.engine import Engine
+    from .engine.prompts import SAMPLING, read_prompts, submit, write
+
+    path = Path(options.prompts)
+    read_prompts(path)  # what is wrong in it must not cost the loading of a model
+    generator = _generator(options)
+    engine = Engine(generator.model, generator.tokenizer)
+    usual = {name: getattr(options, name) for name in SAMPLING}
+    answers = submit(engine, generator, path, usual, options.stop)
+    with nullcontext(sys.stdout) if out is None else out.open("w", encoding="utf-8") as file:
+        took = write(engine, answers, file)
+    if options.stats:
+        print(f"model loaded in {options.load_seconds:.2f} s; {took}", file=sys.stderr)
 
 
 @contextmanager
