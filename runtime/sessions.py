@@ -50,7 +50,7 @@ class Sessions:
                 kept.cache.clear()
                 found = kept if renewed(kept.plan, plan, owned) else None
         del kept  # its memory, before more is asked for
-        found = found or Decoding(model, plan, rows, capacity, options, stops, vocabulary, scored=scored)
+        found = found or Decoding(model, plan, rows, capacity, options, stops, vocabulary, None, scored)
         found.key, found.epoch = key, self.epoch
         return found
 
