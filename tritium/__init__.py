@@ -25,6 +25,7 @@ _PUBLIC = {
     "load_adapter": "lora_files",
     "save_adapter": "lora_files",
     "register_transformers": "dropin.registration",
+    "kernel_mapping": "dropin.hub_kernels",
     "from_transformers": "dropin.conversion",
     "to_transformers": "dropin.conversion",
     "accelerate": "dropin.accelerate",
