@@ -30,7 +30,8 @@ def main() -> int:
     parser.add_argument(
         "benchmark", nargs="*", metavar="WHAT",
         help=f"{', '.join(choices)}: operations, models, the step of small models beside transformers, loading beside "
-        "reading, what 8 and 4 bits cost, a results file as a table (by --json); all operations and models by default",
+        "reading, what 8 and 4 bits cost, many sequences served, a results file as a table (by --json); all operations "
+        "and models by default",
     )  # fmt: skip
     parser.add_argument("--device", help="cuda, cuda:1, cpu ...; the GPU where absent")
     parser.add_argument("--json", metavar="FILE", help="the results file (results/<gpu>.json)")

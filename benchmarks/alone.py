@@ -2,12 +2,13 @@
 
 from typing import Any
 
-from . import decode, loading, quantised
+from . import decode, loading, quantised, serving
 
-ALONE = {"decode": decode, "loading": loading, "quantised": quantised}
+ALONE = {"decode": decode, "loading": loading, "quantised": quantised, "serving": serving}
 
 
 def summary(found: dict[str, Any]) -> str:
     """Such a file as a table, by what its rows have."""
     row = found["results"][0]
-    return (loading if "load_seconds" in row else quantised if "divergence" in row else decode).summary(found)
+    marks = {"load_seconds": loading, "divergence": quantised, "contender": serving}
+    return next((benchmark for mark, benchmark in marks.items() if mark in row), decode).summary(found)

@@ -35,12 +35,14 @@ DOCS = ROOT / "docs"
 PAGES = [
     "README.md",
     *(f"architecture/{name}.md" for name in ("attention", "decoding", "ffn", "kernels", "numerics")),
+    "architecture/serving.md",
     *(f"architecture/{name}.md" for name in ("positional-encoding", "quantisation", "weight-mapping")),
     *(f"development/{name}.md" for name in ("adding-models", "benchmarking", "configuration", "fine-tuning", "guide")),
     *(f"development/{name}.md" for name in ("model-registry", "parallel", "testing", "training", "tuning")),
     *(f"models/{name}.md" for name in ("GPT", "MobileLLM", "Qwen1", "Qwen3", "template")),
     *(f"usage/{name}.md" for name in ("kernels",)),
     "usage/conversion.md",
+    "usage/serving.md",
 ]
 MODEL_PAGES = [page for page in PAGES if page.startswith("models/")]
 FOLLOWED = "development/adding-models.md"  # whose code needs the files that it tells to write
