@@ -65,9 +65,9 @@ class Engine:
             # One page more: what rows write beyond their end goes into page 0.
             self._cache = KVCache(model.local_config, rows, context, model.dtype, model.device, pages=total + 1)
         self._at_once, self._reuse = at_once, reuse_prefixes
-        with torch.inference_mode():
+        with torch.inference_mode():  # with gradients it would be other kernels
             self._plan = model.bind()
-        kind = HostRounds if model.kernels.name == "torch" else DeviceRounds
+            kind = HostRounds if model.kernels.name == "torch" else DeviceRounds
         self._rounds = kind(model, self._plan, self._cache, self._vocabulary)
         self._scheduler = Scheduler(Pages(total, first=1), self._cache, PAGE_SIZE, rows, at_once)
         self._epoch = model.sessions.epoch

@@ -156,6 +156,44 @@ def test_what_is_in_the_cache_is_not_computed_again(
     check(requests, held, expected)
 
 
+def test_rows_that_end_within_a_round(
+    model: Decoder, held: dict[Request, Tensor], expected: Callable[..., Any]
+) -> None:
+    """By length, beyond the last page that they have, and by an EOS: they give no more, and write nobody's pages."""
+    engine = Engine(model, tokens=8 * PAGE, rows=4)
+    engine._rounds.ahead = 4
+    stop = expected(MIDDLE, 2)[0][1]
+    stopped = engine.submit(MIDDLE, greedy(6), eos_ids=[stop])
+    requests = [engine.submit(EDGE, greedy(3)), engine.submit(SHORT, greedy(6))]
+    finish(engine)
+    check(requests, held, expected)
+    assert (stopped.tokens, stopped.reason) == (expected(MIDDLE, 2)[0], "stop")
+
+
+def test_angles_that_go_by_the_prompt(held: dict[Request, Tensor]) -> None:
+    """Qwen1's rows of two stretches in one batch, and of one after it."""
+    model = small("qwen1")
+    prompts, options = [prompt(5), prompt(20, 1)], greedy(3)
+    expected = [alone(model, tokens, options) for tokens in prompts]
+    engine = Engine(model, tokens=8 * PAGE, rows=4)
+    assert engine.generate(prompts, options) == [tokens for tokens, _ in expected]
+    for request, values in held.items():
+        assert same_bits(values, expected[prompts.index(list(request.prompt))][1])
+    assert engine.generate(prompts[1:], options) == [expected[1][0]]
+
+
+def test_as_the_trainer_and_with_fewer_ids() -> None:
+    model = small(num_layers=1).use_backend("triton", sampler_equals_trainer=True)
+    (expected,) = zip(*generate(model, [SHORT], greedy(3), vocabulary=40), strict=True)
+    assert expected == tuple(
+        token for (token,) in generate(copy.copy(model).use_backend("torch"), [SHORT], greedy(3), vocabulary=40)
+    )
+    engine = Engine(model, tokens=PAGE)
+    engine._vocabulary = engine._rounds._vocabulary = 40
+    assert engine.generate([SHORT], greedy(3)) == [list(expected)]
+    assert max(expected) < 40
+
+
 def test_every_row_by_its_own_options(model: Decoder) -> None:
     """Greedy and two ways of drawing in one batch, of which one has top_k."""
     options = [
