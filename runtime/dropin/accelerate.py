@@ -17,9 +17,8 @@ from torch import nn
 
 from ...kernels.launch import obstacle
 from ..errors import TritiumError
-from .attention import theirs
 from .losses import causal_lm_loss, head_and_loss
-from .patches import KNOWN, Forward, body, kind_of, part_of
+from .patches import KNOWN, Forward, body, check_silu, kind_of, part_of
 from .registration import NAME, register_transformers
 
 MARK = "_tritium"  # on the model: what was done to it
@@ -206,37 +205,37 @@ def _patched_slots(module: nn.Module) -> list[str]:
 
 def _set_functions(model: Any, root: Any, mark: Mark) -> None:
     """Attention and experts, which transformers looks up by a name in the config of the module."""
-    found: dict[int, Any] = {}
+    attending: dict[int, Any] = {}
+    mixing: dict[int, Any] = {}
     for name, module in root.named_modules():
-        part = (part_of(module) or ("", ""))[1]
-        config = getattr(module, "config", None)
+        family, part = part_of(module) or ("", "")
         if part == "Attention":
-            why = _attention_obstacle(module)
-            if why is None:
-                found[id(config)] = config
-                what = mark.patched.get(name)
-                mark.patched[name] = f"{what}; our attention" if what else "our attention"
-                mark.left.pop(name, None)
-            elif name in mark.patched:
-                mark.patched[name] += f" (attention as before: {why})"
-            else:
-                mark.left[name] = why
-        elif part == "Experts" and NAME in theirs("integrations.moe").ExpertsInterface().valid_keys():
-            found[id(config)] = config
-            mark.patched[name] = "our experts"
+            why, found, what = _attention_obstacle(module), attending, "our attention"
+        elif (family, part) == ("qwen3_moe", "Experts"):
+            why, found, what = check_silu(module), mixing, "our experts"
+        else:
+            continue
+        if why is None:
+            found[id(module.config)] = module.config
+            mark.patched[name] = f"{mark.patched[name]}; {what}" if name in mark.patched else what
             mark.left.pop(name, None)
-    for config in found.values():
+        elif name not in mark.patched:
+            mark.left[name] = why
+    for key, config in {**attending, **mixing}.items():
         own = copy.deepcopy(config)  # another model may have been made from the same one
         for module in model.modules():
             if module.__dict__.get("config") is config:
                 module.config = own
         mark.configs.append((own, own._attn_implementation, own._experts_implementation))
-        own._attn_implementation = NAME
-        if "our experts" in mark.patched.values():
+        if key in attending:
+            own._attn_implementation = NAME
+        if key in mixing:
             own._experts_implementation = NAME
     for name, module in root.named_modules():
-        before = next((before for own, before, _ in mark.configs if getattr(module, "config", None) is own), None)
-        if before is not None and (part_of(module) or ("", ""))[1] in BODIES and _replaced(module) is None:
+        config = getattr(module, "config", None)
+        before = next((before for own, before, _ in mark.configs if own is config), None)
+        attends = before is not None and config._attn_implementation == NAME
+        if attends and (part_of(module) or ("", ""))[1] in BODIES and _replaced(module) is None:
             _put(module, patch(body, type(module)))
             setattr(module, BEFORE, before)
             mark.patched[name] = "gives attention weights, where asked for, by the function it had"

@@ -107,7 +107,7 @@ def _silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return nn.functional.silu(gate) * up
 
 
-def _check_mlp(module: Any) -> str | None:
+def check_silu(module: Any) -> str | None:
     activation = getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
     silu = isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
     return None if silu else f"its activation is {type(activation).__name__}, not silu"
@@ -320,7 +320,7 @@ def _always(module: Any) -> str | None:
 
 _RMS = Kind("RMSNorm in one kernel", _rms_norm, _check_norm)
 _LAYER_NORM = Kind("layer norm in one kernel", _layer_norm, _check_norm)
-_MLP = Kind("silu(gate) * up in one kernel", _mlp, _check_mlp)
+_MLP = Kind("silu(gate) * up in one kernel", _mlp, check_silu)
 _ROTARY = Kind("the rotation's table once a forward pass", _rotary, _always)
 _ATTENTION = Kind("rotation in one kernel a projection", _attention, _check_attention)
 _NORMED = Kind("QK-norm and rotation in one kernel a projection", _attention, _check_attention)

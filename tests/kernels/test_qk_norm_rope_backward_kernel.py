@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from tritium.kernels import launch
-from tritium.kernels.qk_norm_rope import qk_norm_rope_at_reference
+from tritium.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_at_reference
 from tritium.kernels.qk_norm_rope_backward import qk_norm_rope_backward, qk_norm_rope_backward_reference
 
 from ..rule import DEVICE, DTYPES, assert_rule, draw, needs_gpu, room_around_outputs, same_bits
@@ -85,6 +85,21 @@ def test_query_scale_rule(mode: tuple[str, bool, str], dtype: torch.dtype) -> No
 def test_sums_over_many_tokens(tokens: int, dtype: torch.dtype) -> None:
     """More tokens than share a partial sum, and counts one off."""
     check(inputs(tokens, 2, 1, 16, dtype, ("weighted", tokens % 2 == 1, "model")))
+
+
+@pytest.mark.parametrize("mode", [MODES[5], MODES[8]])
+def test_projections_apart_are_turned_as_the_packed_one(mode: tuple[str, bool, str]) -> None:
+    """q and k by two calls without heads of k and v, to the bit; so is the definition, and a compiled call."""
+    args = inputs(3, 5, 2, 24, torch.bfloat16, mode)
+    packed = qk_norm_rope(*args)
+    for index, (first, count) in enumerate(((0, 5), (5, 2))):
+        weight = None if args.weight is None else args.weight[first : first + count]
+        apart = args._replace(qkv=args.qkv[:, first * 24 :][:, : count * 24], num_heads=count, num_kv_heads=0)
+        apart = apart._replace(weight=weight)
+        found, none, _ = qk_norm_rope(*apart)
+        assert same_bits(found, packed[index])
+        assert none.shape == (3, 0, 24)
+        assert same_bits(qk_norm_rope_at_reference(*apart)[0], qk_norm_rope_at_reference(*args)[index])
 
 
 @pytest.mark.parametrize("mode", [MODES[5], MODES[8]])

@@ -128,21 +128,6 @@ def test_head_counts(heads: int, kv_heads: int, dtype: torch.dtype) -> None:
     check(inputs(2, heads, kv_heads, 64, dtype, ("weighted", False, "float32")))
 
 
-@pytest.mark.parametrize("mode", [MODES[5], MODES[8]])
-def test_projections_apart_are_the_packed_one(mode: tuple[str, bool, str]) -> None:
-    """q and k by two calls without heads of k and v, to the bit; so is the definition, and a compiled call."""
-    args = inputs(3, 5, 2, 24, torch.bfloat16, mode)
-    packed = qk_norm_rope(*args)
-    for index, (first, count) in enumerate(((0, 5), (5, 2))):
-        weight = None if args.weight is None else args.weight[first : first + count]
-        apart = args._replace(qkv=args.qkv[:, first * 24 :][:, : count * 24], num_heads=count, num_kv_heads=0)
-        apart = apart._replace(weight=weight)
-        found, none, _ = qk_norm_rope(*apart)
-        assert same_bits(found, packed[index])
-        assert none.shape == (3, 0, 24)
-        assert same_bits(qk_norm_rope_at_reference(*apart)[0], qk_norm_rope_at_reference(*args)[index])
-
-
 @needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
