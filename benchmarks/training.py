@@ -3,7 +3,8 @@
 Forward, loss and backward of one packed batch, clipping and AdamW: bfloat16 computing over float32 parameters. All
 contenders train the same parameters with one optimizer (at a rate of 0, so that every step is the first): those of
 `transformers` and Liger are views of ours, and their gradients are views of our gradients. Only rows that a checkpoint
-holds in another order (q and k of MobileLLM) are copies. `transformers` computes in autocast, as one trains with it.
+holds in another order (q and k of MobileLLM) are copies. `transformers` computes in autocast, as one trains with it,
+and so does its model after tritium.accelerate, with and without logits.
 
 Right is a step whose gradients, by their root mean square, are no further from those in float32 than twice what the
 PyTorch path is at bfloat16, and its loss no further than twice what that path's losses of single tokens are: a mean of
@@ -129,6 +130,8 @@ def step(name: str, length: int) -> Case:
             if how == "compiled" and not tokens.is_cuda:
                 raise RuntimeError("compared on a GPU only")
             model, ids = twin_of(of.model, trained=True), tokens[None]
+            if how.startswith("accelerated"):
+                import_module("tritium").accelerate(model, logits=how == "accelerated")
             if how == "liger":
                 import_module("liger_kernel.transformers")._apply_liger_kernel_to_instance(model=model)
             forward = torch.compile(model) if how == "compiled" else model
@@ -175,6 +178,8 @@ def step(name: str, length: int) -> Case:
         },
         variants={
             "batch_invariant": through("triton"),
+            "transformers accelerated": theirs("accelerated"),
+            "transformers accelerated, logits=False": theirs("accelerated without logits"),
             "keep=attention": through("triton", "attention", batch_invariant=False),
             "keep=nothing": through("triton", "nothing", batch_invariant=False),
         },

@@ -24,7 +24,7 @@ from .machine import Gap, floor_parts
 from .measure import Stopwatch, floor, input_sets
 from .shapes import ITEM
 
-WHOLE = ("models", "experts", "training")
+WHOLE = ("models", "experts", "training", "dropin")
 """Benchmarks of more than one kernel: files beside this one."""
 
 ELSEWHERE = {"decode_form": "cells"}

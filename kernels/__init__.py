@@ -53,6 +53,7 @@ else:
         rope_decode_attention,
         route,
         sample,
+        silu_mul,
         swiglu,
     )
 
@@ -83,5 +84,6 @@ else:
         "rope_decode_attention",
         "route",
         "sample",
+        "silu_mul",
         "swiglu",
     ]

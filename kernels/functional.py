@@ -87,6 +87,12 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return found
 
 
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """`swiglu` of two tensors: silu(gate) * up, each [..., F] -> [..., F]."""
+    found: Tensor = _OPERATIONS.silu_mul(gate, up)
+    return found
+
+
 def qk_norm_rope(
     qkv: Tensor,
     num_heads: int,

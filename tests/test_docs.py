@@ -41,6 +41,7 @@ PAGES = [
     *(f"development/{name}.md" for name in ("model-registry", "parallel", "testing", "training", "tuning")),
     *(f"models/{name}.md" for name in ("GPT", "MobileLLM", "Qwen1", "Qwen3", "template")),
     *(f"usage/{name}.md" for name in ("kernels",)),
+    "usage/accelerate.md",
     "usage/conversion.md",
     "usage/serving.md",
 ]

@@ -65,10 +65,12 @@ def eps_of(norm: Any) -> float:
 
 def _rms_norm(cls: type[nn.Module]) -> Forward:
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        if not fits(hidden_states, self.weight):
-            return cls.forward(self, hidden_states)  # type: ignore[no-any-return, operator]
-        found: Tensor = OPERATIONS.rms_norm(hidden_states, self.weight, eps_of(self))
-        return found
+        if fits(hidden_states, self.weight):
+            found: Tensor = OPERATIONS.rms_norm(hidden_states, self.weight, eps_of(self))
+            return found
+        if fits(hidden_states):  # in autocast: a product of two dtypes is of the wider one
+            return self.weight * OPERATIONS.rms_norm(hidden_states, None, eps_of(self))  # type: ignore[no-any-return]
+        return cls.forward(self, hidden_states)  # type: ignore[no-any-return, operator]
 
     return forward
 
@@ -185,18 +187,21 @@ def _attention(cls: type[nn.Module]) -> Forward:
         q, k = self.q_proj(hidden_states), self.k_proj(hidden_states)
         v = self.v_proj(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)
         norms = (self.q_norm, self.k_norm) if hasattr(self, "q_norm") else (None, None)
+        if not all(norm is None or is_bare(norm, norm_kind, q) for norm in norms):
+            q, k = (
+                norm(x.unflatten(-1, (-1, self.head_dim))).flatten(-2) for norm, x in zip(norms, (q, k), strict=True)
+            )
+            norms = (None, None)
         cos = position_embeddings[0]
-        able = all(norm is None or is_bare(norm, norm_kind, q) for norm in norms)
-        if able and fits(q, k, cos):
+        if fits(q, k) and cos.dtype in (q.dtype, torch.float32):
             place = position_embeddings[2:] or rotations(position_embeddings, shape[0])
-            weights = [None if norm is None else norm.weight for norm in norms]
-            q = _turned(q, norms[0], *place, cos.dtype, self.head_dim, weights[0], True)
-            k = _turned(k, norms[1], *place, cos.dtype, self.head_dim, weights[1], True)
+            q, k = (
+                _turned(x, norm, *place, cos.dtype, self.head_dim, None if norm is None else norm.weight, True)
+                for x, norm in zip((q, k), norms, strict=True)
+            )
         else:
-            q, k = (x.view(*shape, -1, self.head_dim) for x in (q, k))
-            if norms[0] is not None and norms[1] is not None:
-                q, k = norms[0](q), norms[1](k)
-            q, k = names.apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings[:2])
+            q, k = (x.view(*shape, -1, self.head_dim).transpose(1, 2) for x in (q, k))
+            q, k = names.apply_rotary_pos_emb(q, k, *position_embeddings[:2])
         if hasattr(self, "sliding_window"):
             kwargs["sliding_window"] = self.sliding_window
         return attend(self, names, q, k, v, attention_mask, past_key_values, shape, kwargs)
@@ -222,7 +227,8 @@ def _llama4_attention(cls: type[nn.Module]) -> Forward:
     ) -> tuple[Tensor, Tensor | None]:
         found = (position_embeddings,) if isinstance(position_embeddings, Tensor) else position_embeddings
         norm = getattr(self, "qk_norm", None)
-        if not self.use_rope or (norm is not None and (type(norm) is not norm_kind or has_hooks(norm))):
+        watched = norm is not None and (type(norm) is not norm_kind or has_hooks(norm))
+        if not self.use_rope or watched or not fits(hidden_states):
             return cls.forward(  # type: ignore[no-any-return, operator]
                 self, hidden_states, found[0], attention_mask, past_key_values, **kwargs
             )

@@ -4,6 +4,7 @@ is whole under torch.compile."""
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -76,6 +77,7 @@ def calls() -> dict[str, Call]:
         "linear_swiglu": Call((x, draw(24, 32), draw(24))),
         "quantised_linear": Call((draw(5, 64), values, scales)),
         "swiglu": Call((draw(3, 48),)),
+        "silu_mul": Call((draw(3, 24), draw(3, 24, seed=1))),
         "qk_norm_rope": Call((qkv, HEADS, KV_HEADS, table, positions), named, (qkv, HEADS, KV_HEADS, *rope)),
         "qk_norm_rope_cache": Call(
             (*two, k_cache, v_cache, slots), named, (*rope_two, k_cache.clone(), v_cache.clone(), slots)
@@ -113,15 +115,11 @@ NAMES = sorted(kernels.__all__)
 
 
 def definition(name: str) -> Callable[..., Any]:
-    if name == "add_rms_norm":
-        from tritium.kernels.rms_norm import add_rms_norm_reference
-
-        return add_rms_norm_reference
-    if name == "dense_attention":
-        from tritium.kernels.dense_attention import dense_attention_reference
-
-        return dense_attention_reference
-    found: Callable[..., Any] = getattr(DEFINITIONS, name)
+    apart = {"add_rms_norm": "rms_norm", "dense_attention": "dense_attention", "silu_mul": "swiglu"}
+    if name in apart:  # not an operation of the decoder's
+        found: Callable[..., Any] = getattr(import_module(f"tritium.kernels.{apart[name]}"), f"{name}_reference")
+        return found
+    found = getattr(DEFINITIONS, name)
     return found
 
 
