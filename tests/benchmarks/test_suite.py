@@ -66,7 +66,12 @@ def test_a_run_and_its_resumption(
     path = tmp_path / "out" / "cpu.json"
     code, found = run(monkeypatch, path, "rms_norm", "swiglu")
     assert code == 0
-    assert list(found["rows"]) == ["rms_norm: 3 x 64", "rms_norm: residual 2 x 48", "swiglu: 3 x 48"]
+    assert list(found["rows"]) == [
+        "rms_norm: 3 x 64",
+        "rms_norm: residual 2 x 48",
+        "swiglu: 3 x 48",
+        "swiglu: apart 3 x 48",
+    ]
     for row in found["rows"].values():
         assert row["status"] == "measured"
         assert row["fingerprint"] == found["environment"]["fingerprint"]
@@ -82,7 +87,7 @@ def test_a_run_and_its_resumption(
     assert capsys.readouterr().out == f"{record.summary(found)}\nplot: {path.with_suffix('.png')}\n"
     # Every case is proven right before the first is timed.
     kinds = [request["do"] for request in ASKED]
-    assert kinds == ["check"] * 3 + ["ceilings"] + ["time"] * 3
+    assert kinds == ["check"] * 4 + ["ceilings"] + ["time"] * 4
 
     ASKED.clear()  # the same code: nothing is left to do
     code, again = run(monkeypatch, path, "rms_norm", "swiglu")
@@ -120,7 +125,7 @@ def test_a_disturbed_kernel_gets_no_figure(
     assert "ZeroDivisionError" in rows["rms_norm: residual 2 x 48"]["reason"]
     assert rows["swiglu: 3 x 48"]["status"] == "measured"
     assert "times" not in rows["rms_norm: 3 x 64"]
-    assert timed() == ["3 x 48"]
+    assert timed() == ["3 x 48", "apart 3 x 48"]
     assert "rms_norm: 3 x 64: wrong" in capsys.readouterr().out
 
 
