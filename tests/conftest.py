@@ -23,6 +23,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Tests marked `gpu` need one and are deselected without it, not skipped one by one.
 
     With one, the tests that otherwise run in the interpreter (they take tests/rule.py's device) are GPU tests too.
+    Tests marked `long` are spread evenly, as each of several workers begins with a stretch of the list.
     """
     if torch.cuda.is_available():
         for item in items:
@@ -33,7 +34,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept = [item for item in items if "gpu" not in item.keywords]
     if len(kept) != len(items):
         config.hook.pytest_deselected(items=[item for item in items if "gpu" in item.keywords])
-        items[:] = kept
+    longest = [item for item in kept if "long" in item.keywords]
+    items[:] = [item for item in kept if "long" not in item.keywords]
+    for index, item in reversed(list(enumerate(longest))):
+        items.insert(index * len(kept) // len(longest), item)
 
 
 @pytest.fixture

@@ -1,14 +1,17 @@
 """Compiles the real launchers' kernels for one GPU architecture, without that GPU, and reads what came out.
 
-    python -m tests.aot.matrix sm_90 [--kernel rms_norm] [--override BLOCK_N=256 ...] [--verbose]
+    python -m tests.aot.matrix sm_90 [--kernel rms_norm] [--override BLOCK_N=256 ...] [--rows] [--verbose]
 
 A process of its own, as it cannot share one with the interpreter: Triton gets a stand-in driver, launchers run on meta
 tensors, and `launch` calls `warmup`, so what is compiled is what would be launched, specialisation and all. Files
 beside this one, each named after an operation, say which calls (`CASES`). A row of a table that no call takes fails.
+With `--rows` a case is left out where those before it took each of its rows, started each of its kernels, and asserted
+as much of them, at its width of data type.
 Prints one JSON object: {"kernels": [...], "failures": [...]}.
 """
 
 import argparse
+import gc
 import importlib
 import json
 import re
@@ -141,51 +144,81 @@ def failures_of(case: Case, arch: str, found: dict[str, Any], float32: bool) -> 
     return wrong
 
 
+def shows(case: Case, rows: set[tuple[str, str, int]], kernels: list[str]) -> set[tuple[Any, ...]]:
+    """What a case that takes these rows and launches these kernels shows: each of them, for float32 or for half of its
+    bits, and each of what it asserts of each kernel."""
+    width = "float32" if "float32" in case.name else "half"
+    asserted = [name for name in ("wgmma", "wide", "bulk", "dependent") if getattr(case, name)]
+    return {(*row, width) for row in rows} | {(kernel, each) for kernel in kernels for each in (width, *asserted)}
+
+
 def run(
-    arch: str, operations: list[str], overrides: dict[str, int], only: str | None = None, verbose: bool = False
+    arch: str,
+    operations: list[str],
+    overrides: dict[str, int],
+    only: str | None = None,
+    rows: bool = False,
+    verbose: bool = False,
 ) -> dict[str, Any]:
     """Compiles the cases of the operations (all, or the one named) for `arch`; `overrides` replace table entries."""
     from tritium.kernels import tuning
 
     triton.runtime.driver.set_active(Driver(TARGETS[arch]))
-    compiled: list[tuple[JITFunction[Any], Any, dict[str, Any]]] = []
+    compiled: list[tuple[JITFunction[Any], Any]] = []
     warmup = JITFunction.warmup
+    compiles = True
 
     def recorded(self: JITFunction[Any], *args: Any, **kwargs: Any) -> Any:
-        kernel = warmup(self, *args, **kwargs)
-        compiled.append((self, kernel, kwargs))
+        kernel = warmup(self, *args, **kwargs) if compiles else None
+        compiled.append((self, kernel))
         return kernel
 
     JITFunction.warmup = recorded  # type: ignore[method-assign]
-    taken: set[tuple[str, str, int]] = set()
+    took: set[tuple[str, str, int]] = set()  # by the case at hand
     find = tuning.find
 
     def recording(arch: str, kernel: str, table: str, key: Any) -> int:
         index = find(arch, kernel, table, key)
-        taken.add((kernel, table, index))
+        took.add((kernel, table, index))
         return index
 
     tuning.find = recording
     config = tuning.config
     tuning.config = lambda *args, **key: {**config(*args, **key), **overrides}
     report: dict[str, Any] = {"arch": arch, "triton": triton.__version__, "kernels": [], "failures": []}
+    taken: set[tuple[str, str, int]] = set()
+    shown: set[tuple[Any, ...]] = set()  # by the cases so far: see `shows`
+    inspected: dict[int, dict[str, Any]] = {}
     for operation in operations:
         module = importlib.import_module(f"tests.aot.{operation}")
         for case in module.CASES:
             if arch not in case.only or only not in (None, case.name):
                 continue
-            compiled.clear()
-            start = time.perf_counter()
             where = f"{operation} {case.name} [{arch}, triton {triton.__version__}]"
+            start = time.perf_counter()
+            compiled.clear()
+            took.clear()
             try:
+                if rows:
+                    compiles = False
+                    case.call()
+                    new = shows(case, took, [function.fn.__name__ for function, _ in compiled])
+                    if new <= shown:
+                        continue
+                    shown |= new
+                    compiles = True
+                    compiled.clear()
                 case.call()
             except Exception as error:
                 report["failures"].append(f"{where}: {type(error).__name__}: {str(error)[-400:]}")
                 continue
+            taken |= took
             if not compiled:
                 report["failures"].append(f"{where}: launched nothing")
-            for function, kernel, _ in compiled:
-                found = inspect(kernel, arch)
+            for function, kernel in compiled:
+                if id(kernel) not in inspected:  # Triton keeps what it compiled, and gives it again
+                    inspected[id(kernel)] = inspect(kernel, arch)
+                found = inspected[id(kernel)]
                 name = f"{where} {function.fn.__name__}"
                 float32 = "float32" in case.name
                 report["kernels"].append({"name": name, **found, "seconds": round(time.perf_counter() - start, 2)})
@@ -209,14 +242,16 @@ def operations() -> list[str]:
 
 
 if __name__ == "__main__":
+    gc.disable()  # a tenth of the time, and nothing here is worth collecting
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("arch", choices=TARGETS)
     parser.add_argument("--kernel", action="append", choices=operations())
     parser.add_argument("--override", action="append", default=[], metavar="NAME=NUMBER", help="a launch argument")
     parser.add_argument("--only", metavar="CASE", help="the one case of this name")
+    parser.add_argument("--rows", action="store_true", help="leave out cases that show nothing new")
     parser.add_argument("--verbose", action="store_true")
     options = parser.parse_args()
     changed = {name: int(value) for name, _, value in (text.partition("=") for text in options.override)}
-    result = run(options.arch, options.kernel or operations(), changed, options.only, options.verbose)
+    result = run(options.arch, options.kernel or operations(), changed, options.only, options.rows, options.verbose)
     print(json.dumps(result))
     sys.exit(bool(result["failures"]))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from .matrix import Case, failures_of
+from .matrix import Case, failures_of, shows
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -34,10 +34,12 @@ def compiled(arch: str, version: str, tmp_path: Path, *options: str) -> dict[str
     return report
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_row_of_every_table(arch: str, version: str, tmp_path: Path) -> None:
-    report = compiled(arch, version, tmp_path)
+    """Every case under the newer Triton; every row, kernel and assertion under the older, without further variants."""
+    report = compiled(arch, version, tmp_path, *(["--rows"] if version == "3.6.0" else []))
     assert report["failures"] == []
     assert len(report["kernels"]) > 60
 
@@ -77,3 +79,19 @@ def test_every_budget_can_fail(change: dict[str, Any], float32: bool, message: s
 def test_a_row_that_no_case_takes_is_caught(tmp_path: Path) -> None:
     report = compiled("sm_90", "3.7.1", tmp_path, "--kernel", "rms_norm", "--only", "4096 bfloat16")
     assert [line for line in report["failures"] if "no case takes it" in line]
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "kernel", "wide"),
+    [
+        ("other float16", 1, "_kernel", False),
+        ("other float32", 0, "_kernel", False),
+        ("other bfloat16", 0, "_another_kernel", False),
+        ("other bfloat16", 0, "_kernel", True),
+    ],
+)
+def test_a_case_that_shows_something_new_is_not_left_out(name: str, row: int, kernel: str, wide: bool) -> None:
+    """Another row, another width, another kernel, another assertion; another half type alone is nothing new."""
+    shown = shows(Case("one bfloat16", lambda: None), {("swiglu", "order", 0)}, ["_kernel"])
+    assert not shows(Case(name, lambda: None, wide=wide), {("swiglu", "order", row)}, [kernel]) <= shown
+    assert shows(Case("two float16", lambda: None), {("swiglu", "order", 0)}, ["_kernel"]) <= shown
