@@ -228,7 +228,7 @@ def _llama4_attention(cls: type[nn.Module]) -> Forward:
         found = (position_embeddings,) if isinstance(position_embeddings, Tensor) else position_embeddings
         norm = getattr(self, "qk_norm", None)
         watched = norm is not None and (type(norm) is not norm_kind or has_hooks(norm))
-        if not self.use_rope or watched or not fits(hidden_states):
+        if watched or not fits(hidden_states):
             return cls.forward(  # type: ignore[no-any-return, operator]
                 self, hidden_states, found[0], attention_mask, past_key_values, **kwargs
             )

@@ -25,18 +25,19 @@ LONG = {
     "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.5, 2.0, 3.0],
     "long_factor": [2.0, 3.0, 4.0, 5.0], "factor": 4.0, "original_max_position_embeddings": 6,
 }  # fmt: skip
-SCALED = [YARN, LLAMA3, LONG, {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}]
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+SCALED = [{"rope_parameters": scaling} for scaling in (YARN, LLAMA3, LONG, DYNAMIC)]
+BIASED = {"attention_bias": True, "rms_norm_eps": 0.05}
 WINDOW = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}
 NO_ROPE = {"no_rope_layers": [1, 0], "attn_temperature_tuning": True, "floor_scale": 3, "attn_scale": 0.3}
 NO_ROPE |= {"layer_types": ["chunked_attention", "full_attention"], "attention_chunk_size": 4}
 OTHERS: dict[str, list[dict[str, Any]]] = {
-    "qwen2": [WINDOW, *({"rope_parameters": scaling} for scaling in SCALED)],
-    "qwen3": [WINDOW, {"attention_bias": True}, *({"rope_parameters": scaling} for scaling in SCALED)],
-    "qwen3_moe": [{"attention_bias": True}, *({"rope_parameters": scaling} for scaling in SCALED)],
-    "llama": [{"attention_bias": True, "mlp_bias": True}, *({"rope_parameters": scaling} for scaling in SCALED)],
+    "qwen2": [WINDOW, {"rms_norm_eps": 0.05}, *SCALED],
+    "qwen3": [WINDOW, BIASED, *SCALED],
+    "qwen3_moe": [BIASED, *SCALED],
+    "llama": [{**BIASED, "mlp_bias": True}, *SCALED],
     "mobilellm": [
-        {"attention_bias": True}, {"use_qk_norm": False}, NO_ROPE, {"moe_layers": [1], "num_local_experts": 2},
-        {"rope_parameters": LLAMA3},
+        BIASED, {"use_qk_norm": False}, NO_ROPE, {"moe_layers": [1], "num_local_experts": 2}, SCALED[1],
     ],
     "gpt": [
         {"n_inner": 40}, {"activation_function": "silu"}, {"scale_attn_by_inverse_layer_idx": True},

@@ -14,6 +14,7 @@ from tests.rule import assert_rule, needs_gpu
 X = oracle.tokens(2, 9)
 LEFT = torch.ones(2, 9, dtype=torch.int64)
 LEFT[0, :4] = 0
+POSITIONS = (LEFT.cumsum(-1) - 1).clamp(min=0)  # as `generate` counts them
 LABELS = X.clone()
 LABELS[0, :5] = -100  # what padding predicts is nobody's concern
 
@@ -29,11 +30,11 @@ def definitions(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_logits_loss_and_gradients(case: oracle.Case, changes: dict[str, Any]) -> None:
     model = build(case, **changes)
     parameters, state = dict(model.named_parameters()), {key: x.clone() for key, x in model.state_dict().items()}
-    expected = results(model, X, attention_mask=LEFT, labels=LABELS)
+    expected = results(model, X, attention_mask=LEFT, position_ids=POSITIONS, labels=LABELS)
     with torch.no_grad():
         before = model(X).logits
     report = tritium.accelerate(model)
-    found = results(model, X, attention_mask=LEFT, labels=LABELS)
+    found = results(model, X, attention_mask=LEFT, position_ids=POSITIONS, labels=LABELS)
     assert_near((real(found[0]), *found[1:]), (real(expected[0]), *expected[1:]))
     report.undo()
     with torch.no_grad():
@@ -72,6 +73,22 @@ def test_without_logits(case: oracle.Case) -> None:
     report.undo()
     assert torch.equal(model(X).logits, logits)
     assert torch.equal(model(X, labels=X).logits, logits)
+    tritium.accelerate(model)  # the loss alone
+    found = model(X, labels=labels, num_items_in_batch=7)
+    torch.testing.assert_close(found.loss, expected.loss, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("definitions")
+def test_the_routers_loss_needs_the_logits() -> None:
+    """Head and loss are not one where more than a loss is asked for."""
+    model = build(SMALL[2], router_aux_loss_coef=0.5)
+    expected = model(X, labels=X, output_router_logits=True)
+    tritium.accelerate(model, logits=False)
+    found = model(X, labels=X, output_router_logits=True)
+    torch.testing.assert_close(found.loss, expected.loss, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-5, rtol=1e-5)
+    assert model(X, labels=X, logits_to_keep=9).logits.shape == (2, 9, oracle.VOCAB)
+    assert model(X, labels=X).logits is None
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)

@@ -16,7 +16,7 @@ from torch import nn
 
 import tritium
 from tests import oracle
-from tests.dropin.accelerated import SMALL, assert_near, build, launch, results
+from tests.dropin.accelerated import SMALL, WINDOW, assert_near, build, launch, results
 
 X = oracle.tokens(2, 9)
 QWEN, LLAMA4, GPT = SMALL[1], SMALL[4], SMALL[5]
@@ -66,8 +66,9 @@ def test_the_report_names_every_module_once(case: oracle.Case) -> None:
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_the_operations_run(case: oracle.Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """And not the classes' own code: by the operations that are called."""
-    model, called = build(case), []
+    model, called = build(case, **(WINDOW if case.family in ("qwen2", "qwen3") else {})), []
     tritium.accelerate(model)
+    monkeypatch.setattr("tritium.runtime.dropin.attention._sdpa", lambda *args, **kwargs: 1 // 0)
     names = ("rms_norm", "layer_norm", "add_rms_norm", "silu_mul", "qk_norm_rope", "cross_entropy")
 
     class Recorded:
@@ -202,6 +203,10 @@ def test_hooks_are_called() -> None:
         assert (logits(model) - plain).abs().max() > 1e-3
         handle.remove()
     torch.testing.assert_close(logits(model), plain, atol=0.0, rtol=0.0)
+    kept = layer.post_attention_layernorm
+    layer.post_attention_layernorm = Doubled(kept)
+    assert (logits(model) - plain).abs().max() > 1e-3
+    layer.post_attention_layernorm = kept
     report = tritium.accelerate(model)
     report.undo()
     handle = layer.post_attention_layernorm.register_forward_pre_hook(lambda module, args: None)
@@ -225,7 +230,9 @@ def test_placed_by_a_device_map(first: str) -> None:
     else:
         report = tritium.accelerate(model)
         dispatch()
-    assert hasattr(model.model.layers[0], "_hf_hook")
+    for layer in model.model.layers:
+        assert isinstance(layer.mlp.forward, partial)  # accelerate's
+        assert getattr(layer.mlp._old_forward.__func__, "_tritium", False)
     assert_near(results(model, X), expected)
     assert len(report.patched) > 10
     report.undo()
@@ -293,6 +300,29 @@ def test_a_partly_known_model_says_what_is_left() -> None:
     assert "left as they are" in str(report)
     report.undo()
     assert torch.equal(logits(model), expected)
+
+
+def test_a_rotation_that_another_attention_uses_is_left() -> None:
+    """Which would not know what to do with its table."""
+    model = build(QWEN)
+    odd = model.model.layers[1].self_attn
+    odd.forward = partial(type(odd).forward, odd)
+    expected = logits(model)
+    report = tritium.accelerate(model)
+    assert report.left["model.rotary_emb"] == "model.layers.1.self_attn, which uses it, is left as it is"
+    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+
+
+class Doubled(nn.Module):
+    """A norm of another kind, with a weight of its own."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = norm.weight, norm.variance_epsilon
+        self.inner = norm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * self.inner(x)  # type: ignore[no-any-return]
 
 
 class Odd(nn.Module):
