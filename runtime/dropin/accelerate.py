@@ -150,7 +150,7 @@ def _patch_modules(root: Any, mark: Mark) -> None:
         if why is None and name in rotary and (other := _other_user(name, modules, mark)):
             why = f"{other}, which uses it, is left as it is"
         if why is None:
-            _put(module, patch(kind.make, type(module)))
+            _put(module, kind.make)
             mark.patched[name] = kind.what
         else:
             mark.left[name] = why
@@ -185,15 +185,16 @@ def _replaced(module: nn.Module) -> str | None:
 
 
 @functools.cache
-def patch(make: Any, cls: type[nn.Module]) -> Forward:
+def patch(make: Any, cls: Any) -> Forward:
     """The forward for one class, with the signature of its own, as `generate` and others look at that."""
     forward = functools.wraps(cls.forward)(make(cls))
     setattr(forward, MARK, True)
     return forward
 
 
-def _put(module: Any, forward: Forward) -> None:
+def _put(module: Any, make: Any) -> None:
     """Under a hook of accelerate's, which moves tensors between devices, if there is one."""
+    forward = patch(make, module.__class__)
     slot = "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
     setattr(module, slot, MethodType(forward, module))
 
@@ -232,11 +233,11 @@ def _set_functions(model: Any, root: Any, mark: Mark) -> None:
         if key in mixing:
             own._experts_implementation = NAME
     for name, module in root.named_modules():
-        config = getattr(module, "config", None)
-        before = next((before for own, before, _ in mark.configs if own is config), None)
-        attends = before is not None and config._attn_implementation == NAME
+        config_of: Any = getattr(module, "config", None)
+        before = next((before for own, before, _ in mark.configs if own is config_of), None)
+        attends = before is not None and config_of._attn_implementation == NAME
         if attends and (part_of(module) or ("", ""))[1] in BODIES and _replaced(module) is None:
-            _put(module, patch(body, type(module)))
+            _put(module, body)
             setattr(module, BEFORE, before)
             mark.patched[name] = "gives attention weights, where asked for, by the function it had"
             mark.left.pop(name, None)
@@ -262,7 +263,7 @@ def _patch_loss(root: Any, mark: Mark) -> None:
         root.loss_function = causal_lm_loss
         what = "the loss in one kernel"
         if not mark.logits and _replaced(root) is None:
-            _put(root, patch(head_and_loss, type(root)))
+            _put(root, head_and_loss)
             what = "head and loss in one operation"
         mark.patched[""] = what
         mark.left.pop("", None)

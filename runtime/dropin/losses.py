@@ -56,7 +56,7 @@ def head_and_loss(cls: type[nn.Module]) -> Forward:
 
     def forward(self: Any, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs.get("labels") is None or not _asks_for_the_loss_alone(self, kwargs):
-            return cls.forward(self, input_ids, *args, **kwargs)  # type: ignore[operator]
+            return cls.forward(self, input_ids, *args, **kwargs)
         kwargs.pop("logits_to_keep", None)
         labels = kwargs.pop("labels")
         body = self.transformer if hasattr(self, "transformer") else self.model

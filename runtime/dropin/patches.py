@@ -7,7 +7,7 @@ autocast, a norm with hooks, gradient checkpointing around a whole layer) runs b
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,8 @@ def has_hooks(module: nn.Module) -> bool:
 
 def is_bare(module: Any, cls: type[nn.Module], like: Tensor) -> bool:
     """Whether a caller may do the work of a norm of class `cls` on `like`, with its weight."""
-    return type(module) is cls and not has_hooks(module) and fits(like, module.weight)
+    weight: Tensor | None = getattr(module, "weight", None)
+    return type(module) is cls and not has_hooks(module) and fits(like, weight)
 
 
 def norm_class(names: Any, cls: type[nn.Module], suffix: str) -> type[nn.Module]:
@@ -69,8 +70,8 @@ def _rms_norm(cls: type[nn.Module]) -> Forward:
             found: Tensor = OPERATIONS.rms_norm(hidden_states, self.weight, eps_of(self))
             return found
         if fits(hidden_states):  # in autocast: a product of two dtypes is of the wider one
-            return self.weight * OPERATIONS.rms_norm(hidden_states, None, eps_of(self))  # type: ignore[no-any-return]
-        return cls.forward(self, hidden_states)  # type: ignore[no-any-return, operator]
+            return self.weight * OPERATIONS.rms_norm(hidden_states, None, eps_of(self))
+        return cls.forward(self, hidden_states)
 
     return forward
 
@@ -78,7 +79,7 @@ def _rms_norm(cls: type[nn.Module]) -> Forward:
 def _layer_norm(cls: type[nn.Module]) -> Forward:
     def forward(self: Any, input: Tensor) -> Tensor:
         if not fits(input, self.weight, self.bias):
-            return cls.forward(self, input)  # type: ignore[no-any-return, operator]
+            return cls.forward(self, input)
         found: Tensor = OPERATIONS.layer_norm(input, self.weight, self.bias, self.eps)
         return found
 
@@ -122,7 +123,7 @@ def _rotary(cls: type[nn.Module]) -> Forward:
     """(cos, sin, table, rows), or for Llama 4 (frequencies, table, rows): once a forward pass, for all layers."""
 
     def forward(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
-        found = cls.forward(self, x, position_ids)  # type: ignore[operator]
+        found = cls.forward(self, x, position_ids)
         whole = (found,) if isinstance(found, Tensor) else tuple(found)
         return (*whole, *rotations(whole, x.shape[0]))
 
@@ -154,8 +155,7 @@ def rotations(embeddings: tuple[Tensor, ...], batch: int) -> tuple[Tensor, Tenso
 def _turned(
     x: Tensor,  # [B, S, H * D]
     norm: Any,
-    table: Tensor,
-    rows: Tensor,
+    place: Sequence[Tensor],  # the table, and each token's row of it
     rope_dtype: torch.dtype,
     head_dim: int,
     weight: Tensor | None,
@@ -165,7 +165,7 @@ def _turned(
     batch, length, width = x.shape
     heads = width // head_dim
     gain = None if weight is None else weight.expand(heads, head_dim)
-    how = (table, rows, rope_dtype, norm is not None, gain, 0.0 if norm is None else eps_of(norm), norm_first)
+    how = (*place, rope_dtype, norm is not None, gain, 0.0 if norm is None else eps_of(norm), norm_first)
     turned: Tensor = OPERATIONS.qk_norm_rope(x.reshape(-1, width), heads, 0, *how)[0]
     return turned.view(batch, length, heads, head_dim).transpose(1, 2)
 
@@ -196,7 +196,7 @@ def _attention(cls: type[nn.Module]) -> Forward:
         if fits(q, k) and cos.dtype in (q.dtype, torch.float32):
             place = position_embeddings[2:] or rotations(position_embeddings, shape[0])
             q, k = (
-                _turned(x, norm, *place, cos.dtype, self.head_dim, None if norm is None else norm.weight, True)
+                _turned(x, norm, place, cos.dtype, self.head_dim, None if norm is None else norm.weight, True)
                 for x, norm in zip((q, k), norms, strict=True)
             )
         else:
@@ -229,14 +229,12 @@ def _llama4_attention(cls: type[nn.Module]) -> Forward:
         norm = getattr(self, "qk_norm", None)
         watched = norm is not None and (type(norm) is not norm_kind or has_hooks(norm))
         if watched or not fits(hidden_states):
-            return cls.forward(  # type: ignore[no-any-return, operator]
-                self, hidden_states, found[0], attention_mask, past_key_values, **kwargs
-            )
+            return cls.forward(self, hidden_states, found[0], attention_mask, past_key_values, **kwargs)
         shape = hidden_states.shape[:-1]
         q, k = (_in_halves(x(hidden_states), self.head_dim) for x in (self.q_proj, self.k_proj))
         v = self.v_proj(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)
         place = [x.to(q.device) for x in found[1:] or rotations(found, shape[0])]
-        q, k = (_turned(x, norm, *place, torch.float32, self.head_dim, None, False) for x in (q, k))
+        q, k = (_turned(x, norm, place, torch.float32, self.head_dim, None, False) for x in (q, k))
         return attend(self, names, q, k, v, attention_mask, past_key_values, shape, kwargs)
 
     return forward
@@ -296,7 +294,7 @@ def _layer(cls: type[nn.Module]) -> Forward:
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         norm = self.post_attention_layernorm
         if args or (self.gradient_checkpointing and self.training) or not is_bare(norm, norm_kind, hidden_states):
-            return cls.forward(self, hidden_states, *args, **kwargs)  # type: ignore[no-any-return, operator]
+            return cls.forward(self, hidden_states, *args, **kwargs)
         if not keeps_positions:
             kwargs.pop("position_ids", None)
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
@@ -372,13 +370,13 @@ def body(cls: type[nn.Module]) -> Forward:
         config = self.config
         wanted = kwargs.get("output_attentions")
         if not (config.output_attentions if wanted is None else wanted):
-            return cls.forward(self, *args, **kwargs)  # type: ignore[operator]
+            return cls.forward(self, *args, **kwargs)
         if isinstance(kwargs.get("attention_mask"), dict):
             raise TritiumError("output_attentions: the masks were made for our attention; call report.undo() first")
         ours = config._attn_implementation
         config._attn_implementation = self._tritium_attention
         try:
-            return cls.forward(self, *args, **kwargs)  # type: ignore[operator]
+            return cls.forward(self, *args, **kwargs)
         finally:
             config._attn_implementation = ours
 
