@@ -83,6 +83,11 @@ def _parser() -> Parser:
         help="another value for a key, such as optimizer.learning_rate=3.0e-4 (repeatable)",
     )
     verify = commands.add_parser("verify", parents=[source], help="check the Triton kernels on a model's own weights")
+    verify.add_argument(
+        "--transformers",
+        metavar="DIR_OR_HUB_ID",
+        help="a model of transformers: eager, accelerated, and as our decoder",
+    )
     verify.add_argument("--prompt", default=VERIFY_PROMPT, help="the text that both paths read")
     verify.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help="greedy tokens to compare (16)")
     verify.add_argument("--plot", metavar="FILE.png", help="draw the error by depth, both paths")
@@ -318,6 +323,8 @@ def _verify(options: argparse.Namespace) -> int:
         raise TritiumError(f"--max-new-tokens: must be 1 or more, got {options.max_new_tokens}")
     if options.backend == "torch":
         raise TritiumError("--backend torch: verify compares both paths; leave --backend out")
+    if options.transformers is not None:
+        return _verify_transformers(options)
     if options.plot is not None:
         path = Path(options.plot)
         if path.suffix != ".png" or path.is_dir() or not path.parent.is_dir():
@@ -344,6 +351,17 @@ def _verify(options: argparse.Namespace) -> int:
     print(table(report))
     if options.plot is not None:
         plot(report, options.plot)
+    return int(bool(report.problems))
+
+
+def _verify_transformers(options: argparse.Namespace) -> int:
+    others = ("model", "size", "variant", "checkpoint", "quantise", "override", "plot")
+    if given := [f"--{name}" for name in others if getattr(options, name)]:
+        raise TritiumError(f"{given[0]}: not with --transformers, which names the model; leave one of them out")
+    from .dropin.verify import table, verify
+
+    report = verify(options.transformers, options.prompt, options.max_new_tokens, options.device, options.dtype)
+    print(table(report))
     return int(bool(report.problems))
 
 
