@@ -42,6 +42,7 @@ PAGES = [
     *(f"models/{name}.md" for name in ("GPT", "MobileLLM", "Qwen1", "Qwen3", "template")),
     *(f"usage/{name}.md" for name in ("kernels",)),
     "usage/accelerate.md",
+    "usage/attention-interface.md",
     "usage/conversion.md",
     "usage/serving.md",
 ]
