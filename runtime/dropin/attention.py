@@ -60,7 +60,7 @@ def _window_of(mask_function: Any) -> int | None:
         return 0
     if _imports.is_tracing():
         return None
-    parts = _closed_over(mask_function, "mask_functions") or ()
+    parts: tuple[Any, ...] = _closed_over(mask_function, "mask_functions") or ()
     if len(parts) != 2 or parts[1] is not _masks.causal_mask_function:
         return None
     # Of the function that sliding_window_overlay makes, its name and its variable are all that tells of it.
