@@ -55,6 +55,7 @@ HALF, FULL = torch.float16, torch.float32
 CASES = [
     case(16, 8, 128),
     case(16, 8, 128, cache=False),
+    case(16, 0, 128, cache=False),
     case(16, 8, 128, tokens=1),
     case(24, 6, 64, rope=FULL, norm="unweighted", first=False),
     case(24, 6, 64, rope=FULL, norm="unweighted", first=False, cache=False),

@@ -52,6 +52,7 @@ HALF, FULL = torch.float16, torch.float32
 CASES = [
     case(16, 8, 128),
     case(16, 8, 128, tokens=4096),
+    case(16, 0, 128, tokens=4096),
     case(16, 8, 128, tokens=1),
     case(16, 8, 128, frozen=True),
     case(16, 8, 128, first=False),
