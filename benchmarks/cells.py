@@ -4,7 +4,8 @@ The contexts are filled with random keys and values, the same for all contenders
 greedily, over and over. Peers: the PyTorch path, `transformers` with the cache that it has by default, which grows by a
 copy a step, and with a static one, compiled and captured. They step at every batch and context of the smallest model,
 and at batch 1 of the others; what takes long to compile, at fewer, the PyTorch path under max-autotune at one. Where
-there are peers both forms of our step are timed, too, whichever the tables choose.
+there are peers both forms of our step are timed, too, whichever the tables choose, and the step of the mode in which
+log-probabilities have a trainer's bits.
 
 Right is a step whose tokens are the likeliest by the logits of the PyTorch path, or nearly: half a standard deviation
 of a row's logits below the largest, where a token taken at random lies four below.
@@ -153,6 +154,8 @@ def cell(name: str, rows: int, context: int, with_peers: bool, compiled: bool = 
     if autotuned:
         peers["torch max-autotune"] = autotuned_step
     variants = {"batch_invariant=False": through("triton", batch_invariant=False)} if rows > 1 else {}
+    if with_peers and context in CONTEXTS:  # the price of a promise
+        variants["sampler_equals_trainer"] = through("triton", sampler_equals_trainer=True)
     if with_peers and not any(model.expert_layers):  # one of them is what ours is
         variants |= {form: through("triton", form) for form in FORMS}
     step = decode_step(model, rows, keys_of(context), ITEM)

@@ -44,6 +44,7 @@ PAGES = [
     "usage/accelerate.md",
     "usage/attention-interface.md",
     "usage/conversion.md",
+    "usage/log-probabilities.md",
     "usage/serving.md",
 ]
 MODEL_PAGES = [page for page in PAGES if page.startswith("models/")]
