@@ -225,8 +225,8 @@ def cross_entropy(
 ) -> Tensor:
     """The loss of logits [T, V] against labels [T] int64, in float32; rows whose label is `ignore_index` do not count.
 
-    z_loss times the squared logsumexp is added (PaLM, arXiv:2204.02311). reduction: mean over the rows that count, or
-    sum.
+    z_loss times the squared logsumexp is added (PaLM, arXiv:2204.02311). reduction: mean over the rows that count,
+    sum, or none, [T]: minus log-probabilities.
     """
     found: Tensor = _OPERATIONS.cross_entropy(logits, labels, ignore_index, label_smoothing, z_loss, reduction)
     return found

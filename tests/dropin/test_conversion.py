@@ -144,6 +144,20 @@ def oracle_of_gradients(model: tritium.Decoder) -> tritium.Decoder:
     return found
 
 
+@pytest.mark.parametrize("family", ["qwen3", "mobilellm", "qwen3_moe", "gpt"])
+def test_an_accelerated_model(family: str) -> None:
+    """Goes on with its patches on the joined weights, and without them when they are undone."""
+    theirs = oracle.build(next(case for case in CASES if case.family == family))
+    x = oracle.tokens(2, 9)
+    expected = logits(theirs, x)
+    report = tritium.accelerate(theirs)
+    ours = tritium.from_transformers(theirs)
+    for model in (ours, theirs):
+        torch.testing.assert_close(logits(model, x), expected, **EXACT)
+    report.undo()
+    torch.testing.assert_close(logits(theirs, x), expected, **EXACT)
+
+
 def test_what_the_model_is_is_taken_over() -> None:
     """Its dtype, frozen weights and mode; torch.compile's wrapper is looked through."""
     theirs = oracle.build(CASES[0]).to(torch.bfloat16)
