@@ -116,7 +116,8 @@ def _check(model: Any, where: str) -> None:
         raise TritiumError(f"{where} has an adapter of PEFT: merge it first (model.merge_and_unload())")
     if getattr(model, "hf_quantizer", None) is not None or getattr(config, "quantization_config", None) is not None:
         raise TritiumError(f"{where} is quantised: load it in its own dtype (tritium.load quantises by quantise=)")
-    if model.get_output_embeddings() is None:
+    head: Any = model.get_output_embeddings
+    if head() is None:
         raise TritiumError(f"{where} has no language modelling head: load it by AutoModelForCausalLM")
     devices = {parameter.device for parameter in model.parameters()}
     if torch.device("meta") in devices:
