@@ -11,7 +11,7 @@ PROMPT ?= ROMEO:
 demo: $(VENV)/.runtime
 	$(BIN)/tritium generate --prompt "$(PROMPT)" --max-new-tokens 120 --seed 1 --stream
 
-test: $(VENV)/.development $(VENV)/triton-3.6.0
+test: $(VENV)/.development $(VENV)/triton-3.6.0 $(VENV)/lm-eval
 	VENV="$(VENV)" $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 lint: $(VENV)/.development
@@ -36,6 +36,10 @@ $(VENV)/.development: setup.py constraints.txt | $(VENV)/bin/python
 # The oldest Triton that is supported: the kernels' compilation is tested under it too (tests/aot).
 $(VENV)/triton-3.6.0: | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --no-deps --target "$@" triton==3.6.0
+
+# The evaluation harness without what its tasks need, which is a lot: the adapter is tested on its base class.
+$(VENV)/lm-eval: | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --no-deps --target "$@" lm_eval==0.4.13
 
 clean:
 	rm -rf "$(VENV)" build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

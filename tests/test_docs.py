@@ -40,12 +40,8 @@ PAGES = [
     *(f"development/{name}.md" for name in ("adding-models", "benchmarking", "configuration", "fine-tuning", "guide")),
     *(f"development/{name}.md" for name in ("model-registry", "parallel", "testing", "training", "tuning")),
     *(f"models/{name}.md" for name in ("GPT", "MobileLLM", "Qwen1", "Qwen3", "template")),
-    *(f"usage/{name}.md" for name in ("kernels",)),
-    "usage/accelerate.md",
-    "usage/attention-interface.md",
-    "usage/conversion.md",
-    "usage/log-probabilities.md",
-    "usage/serving.md",
+    *(f"usage/{name}.md" for name in ("accelerate", "attention-interface", "conversion", "evaluation", "kernels")),
+    *(f"usage/{name}.md" for name in ("log-probabilities", "serving")),
 ]
 MODEL_PAGES = [page for page in PAGES if page.startswith("models/")]
 FOLLOWED = "development/adding-models.md"  # whose code needs the files that it tells to write
