@@ -122,9 +122,7 @@ class Scheduler:
         return grown
 
     def _put_off(self, job: Job) -> None:
-        if job.prefilling:
-            job.filled = 0
-        else:
+        if not job.prefilling:
             job.saved = self._store.copy_out(job.pages[: self.pages_of(job.held)])
         self._unseat(job)
         self.add(job)

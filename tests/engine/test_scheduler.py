@@ -207,6 +207,18 @@ def test_the_youngest_is_put_off_and_the_oldest_never() -> None:
     assert put_off == {1, 2}
 
 
+def test_room_is_left_for_those_that_grow() -> None:
+    """Would break: whoever takes the last page is put off again as soon as another needs one."""
+    world = World(4, 2, 100)
+    first, second = world.submit([1] * SIZE, 5), world.submit([2] * (SIZE + 1), 1)
+    world.turn(1)
+    assert (first.row is None, second.row is None) == (False, True)  # two pages are free, and one is for the first
+    while first.left:
+        world.turn(1)
+    world.turn(1)
+    assert not second.left
+
+
 def test_a_long_prompt_waits_for_room_and_nobody_passes_it() -> None:
     world = World(4, 4, 100)
     first = world.submit([1] * (2 * SIZE), 4)
