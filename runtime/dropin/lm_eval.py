@@ -8,7 +8,6 @@ comes from the engine, whose tokens do not depend on what else is asked.
 """
 
 import importlib
-import sys
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -40,7 +39,7 @@ _TemplateLM = theirs("api.model").TemplateLM
 _utils = theirs("utils")
 
 
-class TritiumLM(_TemplateLM):  # type: ignore[misc]
+class TritiumLM(_TemplateLM):  # type: ignore[misc, valid-type]
     """A checkpoint that `tritium.load` reads, scored and continued as the harness's own `hf` model does it."""
 
     def __init__(
@@ -192,7 +191,8 @@ class TritiumLM(_TemplateLM):  # type: ignore[misc]
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """The continuation of each context up to one of its stop strings, which is cut off."""
         tokens = min(2**18, max(1, len(requests)) * self.max_length)
-        eos_ids = {*self.tokenizer.eos_ids, self._special("eos_token")} - {None}
+        eos = self._special("eos_token")
+        eos_ids = sorted({*self.tokenizer.eos_ids, *([] if eos is None else [eos])})
         engine = Engine(self.model, self.tokenizer, tokens=max(tokens, self.max_length), rows=min(self._rows or 64, 64))
         decoders: dict[Request, StreamDecoder] = {}
         pieces: dict[Request, list[str]] = {}
@@ -203,7 +203,7 @@ class TritiumLM(_TemplateLM):  # type: ignore[misc]
             if (room := self.max_length - options.max_new_tokens) < 1:
                 raise TritiumError(f"max_gen_toks: {options.max_new_tokens} leave no room in {self.max_length} tokens")
             prompt = self.tok_encode(context)[-room:] or [self.prefix_token_id]
-            mine = engine.submit(prompt, options, eos_ids=sorted(eos_ids))
+            mine = engine.submit(prompt, options, eos_ids=eos_ids)
             submitted.append(mine)
             decoders[mine], pieces[mine] = StreamDecoder(self.tokenizer, stops), []
         for mine, token in engine.run():
@@ -256,4 +256,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
