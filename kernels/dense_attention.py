@@ -36,11 +36,16 @@ def dense_attention_reference(
     scale: float,
     window: int | None = None,
 ) -> Tensor:
-    """The definition. Keys outside a row's own are not read; lengths may be 0 or below: then all queries give 0."""
+    """The definition. Keys outside a row's own are not read; lengths may be 0 or below: then all queries give 0.
+
+    Raises ValueError for a row that has more keys than there is room for.
+    """
     num_queries = q.shape[1]
     firsts, counts = (x.tolist() if isinstance(x, Tensor) else x for x in (first, lengths))
     parts = []
     for row, (begin, count) in enumerate(zip(firsts, counts, strict=True)):
+        if begin + count > k.shape[2]:
+            raise ValueError(f"row {row} has {count} keys from {begin} on, and there is room for {k.shape[2]}")
         seeing = max(0, min(num_queries, count))  # the queries at positions from 0 on: the last ones
         keys, values = (x[row : row + 1, :, begin : begin + max(0, count)].transpose(1, 2) for x in (k, v))
         out = _attend(q[row : row + 1, num_queries - seeing :], keys, values, scale, window)

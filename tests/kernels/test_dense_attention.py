@@ -100,7 +100,8 @@ def test_a_padded_row_has_the_bits_of_the_row_alone(queries: int, window: int | 
     """Neither padding, nor room behind, nor the batch, nor a paged cache changes a bit."""
     q, k, v = inputs(3, queries, 300, heads=2, kv_heads=1)
     first, lengths = ints(0, 7, 31), ints(300, 260, 18)
-    got = dense_attention(q, hidden(k, first, lengths), hidden(v, first, lengths), first, lengths, 0.25, window)
+    columns = torch.stack((first, lengths, first), 1).T[:2]  # as a mask brings them
+    got = dense_attention(q, hidden(k, first, lengths), hidden(v, first, lengths), *columns, 0.25, window)
     for row, (begin, count) in enumerate([(0, 300), (7, 260), (31, 18)]):
         keys, values = (x[row : row + 1, :, begin : begin + count].contiguous() for x in (k, v))
         alone = dense_attention(q[row : row + 1], keys, values, ints(0), ints(count), 0.25, window)
@@ -166,6 +167,8 @@ def test_what_does_not_fit() -> None:
         dense_attention(q[:, :, :3], k, v, good, one, 0.25)
     with pytest.raises(ValueError, match=r"lengths must be \[2\] int32"):
         dense_attention(q, k, v, good, one.long(), 0.25)
+    with pytest.raises(ValueError, match="row 1 has 3 keys from 1 on, and there is room for 3"):
+        dense_attention_reference(q, k, v, [0, 1], one, 0.25)
     with pytest.raises(ValueError, match="a window of 0"):
         dense_attention(q, k, v, good, one, 0.25, 0)
 
