@@ -29,7 +29,7 @@ PROMPTS = [prompt(length, length) for length in (3, PAGE - 2, 2 * PAGE, 2 * PAGE
 
 @pytest.fixture(scope="module")
 def model() -> Decoder:
-    return small(vocab_size=332).use_backend("torch")
+    return small(vocab_size=332).use_backend("torch").to("cpu")
 
 
 def alone(model: Decoder, tokens: Sequence[int], options: SamplingOptions) -> list[int]:
@@ -64,7 +64,7 @@ def test_the_tokens_of_generate(model: Decoder, options: SamplingOptions, rows: 
 @pytest.mark.parametrize("family", ["qwen1", "gpt", "qwen3_moe", "mobilellm"])
 def test_families(family: str) -> None:
     """Qwen1's angles go by the length of each row's prompt, and so do its pages: those of another stretch differ."""
-    model = small(family).use_backend("torch")
+    model = small(family).use_backend("torch").to("cpu")
     batch = [*PROMPTS, PROMPTS[3][: PAGE + 1], PROMPTS[3]]
     engine = Engine(model, tokens=20 * PAGE, rows=4, at_once=40)
     assert engine.generate(batch, GREEDY) == all_alone(model, batch, GREEDY)

@@ -22,7 +22,7 @@ TEMPLATE = "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{% endfor %}<
 @pytest.fixture(scope="module")
 def generator() -> TextGenerator:
     words = Tokenizer(byte_level(), chat_template=TEMPLATE)
-    return TextGenerator(small(vocab_size=340).use_backend("torch"), words)
+    return TextGenerator(small(vocab_size=340).use_backend("torch").to("cpu"), words)
 
 
 def file_of(folder: Path, *lines: Any) -> Path:
