@@ -113,6 +113,16 @@ def expanded(bounds: Tensor, num_queries: int, num_keys: int) -> Tensor:
     return seen & (key > query - bounds[..., 2:]) if bounds.shape[3] > 2 else seen
 
 
+def additive(attention_mask: Any, num_queries: int, num_keys: int, dtype: torch.dtype) -> Any:
+    """A mask that was made for our attention, as transformers' `eager` adds it to the scores: [B, 1, S, L]."""
+    if isinstance(attention_mask, Tensor) and not is_bounds(attention_mask) and attention_mask.dtype != torch.bool:
+        return attention_mask  # one's own
+    seen = attention_mask
+    if seen is None or is_bounds(seen):
+        seen = expanded(torch.tensor([[[[0, num_keys]]]]) if seen is None else seen, num_queries, num_keys)
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+
+
 def attention_forward(
     module: Any,
     query: Tensor,

@@ -18,7 +18,7 @@ from ...kernels import layer_norm, qk_norm_rope, rms_norm  # noqa: F401 - regist
 from ...kernels.launch import DTYPES
 from ...kernels.qk_norm_rope import WIDEST as WIDEST_HEAD
 from ...kernels.rms_norm import WIDEST
-from ..errors import TritiumError
+from .attention import additive
 
 Forward = Callable[..., Any]
 OPERATIONS = torch.ops.tritium
@@ -363,6 +363,22 @@ def kind_of(module: nn.Module, parent: nn.Module | None = None) -> Kind | None:
     return kinds.get(part, _FAMILIES[family][1] if part == "Attention" else None)
 
 
+def _for_others(model: Any, prepared: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The masks that `generate` made for our attention, before the model was called, for the function it had before."""
+    inputs = args[0] if args else kwargs.get("input_ids")
+    length = (kwargs["inputs_embeds"] if inputs is None else inputs).shape[1]
+    cache = kwargs.get("past_key_values")
+
+    def turned(mask: Any, layer: int) -> Any:
+        keys = length if cache is None else cache.get_mask_sizes(length, layer)[0]
+        return additive(mask, length, keys, model.dtype)
+
+    if not isinstance(prepared, dict):
+        return turned(prepared, 0)
+    kinds = list(model.config.layer_types)
+    return {kind: turned(mask, kinds.index(kind)) for kind, mask in prepared.items() if kind in kinds}
+
+
 def body(cls: type[nn.Module]) -> Forward:
     """The model without its head: a call that asks for the attention's weights has them by the function of before."""
 
@@ -371,8 +387,8 @@ def body(cls: type[nn.Module]) -> Forward:
         wanted = kwargs.get("output_attentions")
         if not (config.output_attentions if wanted is None else wanted):
             return cls.forward(self, *args, **kwargs)
-        if isinstance(kwargs.get("attention_mask"), dict):
-            raise TritiumError("output_attentions: the masks were made for our attention; call report.undo() first")
+        if isinstance(prepared := kwargs.get("attention_mask"), dict) or getattr(prepared, "ndim", 2) == 4:
+            kwargs["attention_mask"] = _for_others(self, prepared, args, kwargs)
         ours = config._attn_implementation
         config._attn_implementation = self._tritium_attention
         try:

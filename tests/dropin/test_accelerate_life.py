@@ -192,6 +192,25 @@ def test_hidden_states_and_attention_weights(case: oracle.Case) -> None:
     report.undo()
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_generate_gives_attention_weights(case: oracle.Case, cache: str) -> None:
+    """With a static cache the masks are made for our attention before the model is called."""
+    model = build(case)
+    how: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "cache_implementation": cache}
+    how |= {"output_attentions": True, "return_dict_in_generate": True, "disable_compile": True}
+    padding = torch.ones_like(X)
+    padding[0, :2] = 0
+    expected = model.generate(X, attention_mask=padding, **how)
+    report = tritium.accelerate(model)
+    found = model.generate(X, attention_mask=padding, **how)
+    assert torch.equal(found.sequences, expected.sequences)
+    for ours, theirs in zip(found.attentions, expected.attentions, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one[:, :, -1], other[:, :, -1], atol=1e-5, rtol=1e-5)
+    report.undo()
+
+
 def test_hooks_are_called() -> None:
     """On a norm whose work its layer would do: watched, and what a hook gives is taken."""
     model = build(QWEN)
