@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...kernels.launch import obstacle
+from ...kernels import launch
 from ..errors import TritiumError
 from .losses import causal_lm_loss, head_and_loss
 from .patches import KNOWN, Forward, body, check_silu, kind_of, part_of
@@ -65,7 +65,7 @@ class Report:
         self._model = model
         self.patched, self.left, self.already = mark.patched, mark.left, already
         where = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        why = obstacle(where)
+        why = launch.obstacle(where)
         slow = f"no kernel runs on {where} ({why}): its definition does, and nothing gets faster"
         self.notes = [] if why is None else [slow]
 

@@ -321,6 +321,7 @@ def test_a_step_over_a_static_cache_is_one_graph() -> None:
     model, ids, mask = build(SHORT), tokens(2, 12), padded("left", 2, 12)
     model.set_attn_implementation("tritium")
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # of other tests' graphs
     step = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         for seen in (None, mask):

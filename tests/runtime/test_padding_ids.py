@@ -86,5 +86,5 @@ def test_what_the_text_generator_asks_for(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(Tokenizer, "encode_chat", lambda self, messages, **options: [len(messages), len(options)])
     generator = TextGenerator(padded(ROWS), tokenizer)
     assert generator.chat("a", system="b", max_new_tokens=1) == ""
-    ((_, prompts, _, _, limit),) = asked
+    ((_, prompts, _, _, limit, *_),) = asked
     assert (prompts, limit) == ([[2, 1]], 41)

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from tritium.kernels import tuning
-from tritium.runtime import decoding, persistent
+from tritium.runtime import persistent
+from tritium.runtime import steps as stepping
 from tritium.runtime.decoder import Decoder
 from tritium.runtime.errors import TritiumError
 from tritium.runtime.generation import SamplingOptions, generate
@@ -41,7 +42,7 @@ def chosen(patch: pytest.MonkeyPatch, form: str) -> list[Any]:
         taken.append(args)
         return step(*args, **how)
 
-    patch.setattr(decoding, "persists", lambda _, plan: persists(form, plan))
+    patch.setattr(stepping, "persists", lambda _, plan: persists(form, plan))
     patch.setattr(persistent, "decode_step", noted)
     return taken
 
