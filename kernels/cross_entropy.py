@@ -226,7 +226,7 @@ def cross_entropy(
     """
     losses, _ = cross_entropy_rows(logits, labels, ignore_index, label_smoothing, z_loss)
     check_options(label_smoothing, z_loss, reduction)
-    return losses if reduction == "none" else reduced(losses, labels, ignore_index, reduction)
+    return reduced(losses, labels, ignore_index, reduction)
 
 
 def cross_entropy_rows(
@@ -283,7 +283,7 @@ def cross_entropy_backward(
     dlogits = logits.new_empty(logits.shape)
     if not logits.shape[0]:
         return dlogits
-    share = reduced(gradient, labels, ignore_index, reduction) if reduction == "mean" else gradient
+    share = reduced(gradient, labels, ignore_index, reduction)
     write_gradient(logits, labels, share, dlogits, ignore_index, label_smoothing, z_loss)
     return dlogits
 
@@ -321,7 +321,11 @@ def write_gradient(
 
 
 def reduced(values: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> Tensor:
-    """The sum of values [T], or a scalar as it is; divided by the number of rows that count, for `mean`."""
+    """The sum of values [T], or a scalar as it is; divided by the number of rows that count, for `mean`. For `none`
+    the values as they are.
+    """
+    if reduction == "none" or (reduction == "sum" and values.ndim == 0):
+        return values
     out = torch.empty((), dtype=torch.float32, device=values.device)
     launch(
         _reduce_kernel,

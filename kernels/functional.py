@@ -17,6 +17,37 @@ from torch import Tensor
 
 from .cross_entropy import IGNORE_INDEX
 
+__all__ = [
+    "add_rms_norm",
+    "attention",
+    "combine",
+    "cross_entropy",
+    "decode_attention",
+    "decode_linear_residual",
+    "dense_attention",
+    "group",
+    "grouped_linear",
+    "grouped_swiglu",
+    "layer_norm",
+    "linear",
+    "linear_cross_entropy",
+    "linear_residual",
+    "linear_swiglu",
+    "norm_head",
+    "norm_linear",
+    "norm_linear_swiglu",
+    "paged_attention",
+    "qk_norm_rope",
+    "qk_norm_rope_cache",
+    "quantised_linear",
+    "rms_norm",
+    "rope_decode_attention",
+    "route",
+    "sample",
+    "silu_mul",
+    "swiglu",
+]
+
 _FILES = (  # importing one registers its operations, and those that its gradient needs
     *("attention_backward", "combine", "decode_attention", "decode_linear", "dense_attention"),
     *("grouped_linear_backward", "layer_norm"),

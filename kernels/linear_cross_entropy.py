@@ -97,8 +97,7 @@ def linear_cross_entropy(
         cross_entropy_rows(product(part, weight), label, ignore_index, label_smoothing, z_loss)[0]
         for part, label in zip(x.split(CHUNK), labels.split(CHUNK), strict=True)
     ]
-    rows = torch.cat(losses)
-    return rows if reduction == "none" else reduced(rows, labels, ignore_index, reduction)
+    return reduced(torch.cat(losses), labels, ignore_index, reduction)
 
 
 def linear_cross_entropy_backward(
@@ -122,7 +121,7 @@ def linear_cross_entropy_backward(
     product: Callable[..., Tensor] = linear if invariant else F.linear
     dx = x.new_empty(x.shape if wanted[0] else 0)
     total = torch.zeros(weight.shape if wanted[1] else 0, dtype=torch.float32, device=x.device)
-    share = gradient if reduction == "none" else reduced(gradient, labels, ignore_index, reduction)
+    share = reduced(gradient, labels, ignore_index, reduction)
     for start in range(0, x.shape[0], CHUNK):
         chunk = slice(start, start + CHUNK)
         logits = product(x[chunk], weight)

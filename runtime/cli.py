@@ -271,12 +271,11 @@ def _generate_many(options: argparse.Namespace) -> None:
     from .engine.engine import Engine
     from .engine.prompts import SAMPLING, read_prompts, submit, write
 
-    path = Path(options.prompts)
-    read_prompts(path)  # what is wrong in it must not cost the loading of a model
+    lines = read_prompts(Path(options.prompts))  # what is wrong in it must not cost the loading of a model
     generator = _generator(options)
     engine = Engine(generator.model, generator.tokenizer)
     usual = {name: getattr(options, name) for name in SAMPLING}
-    answers = submit(engine, generator, path, usual, options.stop)
+    answers = submit(engine, generator, lines, usual, options.stop)
     with nullcontext(sys.stdout) if out is None else out.open("w", encoding="utf-8") as file:
         took = write(engine, answers, file)
     if options.stats:

@@ -72,12 +72,13 @@ class Steps:
         self.device = device
         self.model, self.plan, self.cache, self.width = model, plan, cache, width
         self._sampling = sampling
-        self._limit = None if vocabulary == model.config.vocab_size else vocabulary
-        # The log-probabilities are over all ids: then `choose` limits what is chosen, not the kernels.
-        self._workspace = Workspace(None if scored else self._limit, sampling)
+        limit = None if vocabulary == model.config.vocab_size else vocabulary
         kernels = model.kernels
-        self._is_fused = kernels.decode is not None
-        if self._is_fused:
+        # Fused kernels leave the other ids out themselves, but where log-probabilities are wanted, which are over all.
+        is_left_out = kernels.decode is not None and not scored
+        self._limit = None if is_left_out else limit  # what `choose` is to leave out
+        self._workspace = Workspace(limit if is_left_out else None, sampling)
+        if kernels.decode is not None:
             kernels = fuse(kernels, KERNELS, self._workspace)
             kernels = persist(kernels, self._workspace) if persists(form, plan) else kernels
         self.kernels = kernels
@@ -171,27 +172,23 @@ class Steps:
         return result
 
     def _compute(self) -> None:
-        logits = self._logits()
-        if self._scores is None:
-            self._advance(self.kernels.sample(logits, *self._sampling, self._uniform))
-            return
         # What a fused head has begun of sampling was begun with all ids.
         kernels = self.kernels if self._limit is None else self.model.kernels
         tokens, scores = choose(
-            kernels, logits, lambda x: kernels.sample(x, *self._sampling, self._uniform), self._limit, scored=True
+            kernels,
+            self._logits(),
+            lambda x: kernels.sample(x, *self._sampling, self._uniform),
+            self._limit,
+            self._scores is not None,
         )
-        assert scores is not None
-        self._scores.index_copy_(0, self._step, scores.unsqueeze(0))
+        if self._scores is not None and scores is not None:
+            self._scores.index_copy_(0, self._step, scores.unsqueeze(0))
         self._advance(tokens)
 
     def _logits(self) -> Tensor:
         self._workspace.begin()
         stream = self._workspace.tensor("stream", self.plan.embedding, self.width, self.plan.embedding.shape[1])
         _, logits = self.model.compute(self.plan, self.tokens, self._batch, self.kernels, stream=stream)
-        if (
-            self._limit is not None and not self._is_fused and self._scores is None
-        ):  # fused kernels leave the rest out themselves
-            logits[:, self._limit :] = float("-inf")
         return logits
 
     def _captured(self, work: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:

@@ -13,6 +13,8 @@ from .loading import pick_device
 from .log_probs import Log
 from .tokenizer import Messages, StreamDecoder, Tokenizer
 
+CONTINUATION, ANSWER = 100, 512  # new tokens, where nobody says how many: after a prompt, in a conversation
+
 
 @dataclass
 class Stats:
@@ -86,7 +88,7 @@ class TextGenerator:
         temperature 1, whatever the token was chosen by.
         """
         tokens = self.tokenizer.encode(prompt)
-        limit = self._limit(max_new_tokens, 100, tokens)
+        limit = self.limit(max_new_tokens, CONTINUATION, tokens)
         pieces = self._pieces(tokens, self.options(limit, temperature, top_k, top_p, seed), stop, log_probs)
         return pieces if stream else "".join(pieces)
 
@@ -117,11 +119,11 @@ class TextGenerator:
             tokens = self.tokenizer.encode(message)
         else:
             tokens = self.tokenizer.encode_chat(messages, enable_thinking=enable_thinking)
-        limit = self._limit(max_new_tokens, 512, tokens)
+        limit = self.limit(max_new_tokens, ANSWER, tokens)
         pieces = self._pieces(tokens, self.options(limit, temperature, top_k, top_p, seed), stop, log_probs)
         return pieces if stream else "".join(pieces)
 
-    def _limit(self, asked: int | None, usual: int, tokens: Sequence[int]) -> int:
+    def limit(self, asked: int | None, usual: int, tokens: Sequence[int]) -> int:
         """What was asked for as it is; else the usual, or what the context has left (1 where that is nothing)."""
         return max(1, min(usual, self.model.config.context_length - len(tokens))) if asked is None else asked
 

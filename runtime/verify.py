@@ -30,6 +30,7 @@ from .operations import DEFINITIONS, KERNELS, Operations
 from .triton_path import Modes, compose
 
 WHOLE_PATH = 2.0  # how much larger than the PyTorch path's error that of the Triton path may be, end to end
+WHOLE_FREE = 2.0**-20  # of the largest logit: what float32 norms and angles leave of the truth
 SAMPLING = ((0.0, 0, 1.0), (1.0, 0, 1.0), (0.7, 20, 1.0), (1.0, 0, 0.9))  # temperature, top-k, top-p
 UNIFORMS = 8
 PARTS = {  # what is compared of an operation that gives several things
@@ -240,7 +241,7 @@ def _whole_paths(model: Decoder, tokens: list[int], report: Report) -> None:
         "triton from torch": _divergence(logits[2], logits[1]),
     }
     found, allowed = errors(logits[1], truth), errors(logits[2], truth)
-    free = 2.0**-20 * truth.abs().max().item()
+    free = WHOLE_FREE * truth.abs().max().item()
     if not found.rms <= WHOLE_PATH * allowed.rms + free:
         report.problems.append(f"logits: rms error {found.rms:.3g}, that of the PyTorch path is {allowed.rms:.3g}")
 
@@ -271,7 +272,7 @@ def _greedy(model: Decoder, tokens: list[int], new_tokens: int, report: Report) 
                 report.problems.append(report.greedy)
                 return
             continued.append([row[0] for row in steps])
-        same = next((i for i, pair in enumerate(zip(*continued, strict=True)) if pair[0] != pair[1]), None)
+        same = first_difference(*continued)
         if same is None:
             report.greedy = f"the same {new_tokens} greedy tokens"
             return
@@ -290,9 +291,18 @@ def _greedy(model: Decoder, tokens: list[int], new_tokens: int, report: Report) 
         f"greedy token {same} differs: {mine}, the PyTorch path has {plain}, {margin:.3g} ahead in its logits; the "
         f"paths' logits are {apart:.3g} apart there"
     )
-    resolution = 16 * torch.finfo(model.dtype).eps * last[1].abs().max().item()
-    if margin > min(2 * apart, resolution):
+    if margin > min(2 * apart, resolution(last[1], model.dtype)):
         report.problems.append(report.greedy)
+
+
+def first_difference(mine: Sequence[Any], theirs: Sequence[Any]) -> int | None:
+    """Where two equally long continuations part; None where they do not."""
+    return next((i for i, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1]), None)
+
+
+def resolution(logits: Tensor, dtype: torch.dtype) -> float:
+    """How far ahead of another a token must be for logits that were computed in `dtype` to tell the two apart."""
+    return 16 * torch.finfo(dtype).eps * logits.abs().max().item()
 
 
 def table(report: Report) -> str:

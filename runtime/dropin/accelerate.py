@@ -140,7 +140,7 @@ def _patch_modules(root: Any, mark: Mark) -> None:
     """Everything but the rotations first, as these ask what became of the attentions."""
     modules = dict(root.named_modules())
     kinds = {name: kind_of(module, modules.get(name.rpartition(".")[0])) for name, module in modules.items()}
-    rotary = {name for name, module in modules.items() if (part_of(module) or ("", ""))[1] == "RotaryEmbedding"}
+    rotary = {name for name, module in modules.items() if part_of(module)[1] == "RotaryEmbedding"}
     for name in [*(name for name in modules if name not in rotary), *rotary]:
         module, kind = modules[name], kinds[name]
         if kind is None:
@@ -160,14 +160,14 @@ def _other_user(name: str, modules: dict[str, Any], mark: Mark) -> str | None:
     """An attention with positions beside this rotation that does not take its table."""
     beside = name.rpartition(".")[0]
     for other, module in modules.items():
-        attends = other.startswith(beside) and (part_of(module) or ("", ""))[1] == "Attention"
+        attends = other.startswith(beside) and part_of(module)[1] == "Attention"
         if attends and other not in mark.patched and getattr(module, "use_rope", True):
             return other
     return None
 
 
 def _reason(module: nn.Module) -> str:
-    part = (part_of(module) or ("", ""))[1]
+    part = part_of(module)[1]
     if part in PARTS:
         return PARTS[part]
     if hasattr(module, "_can_record_outputs"):
@@ -209,7 +209,7 @@ def _set_functions(model: Any, root: Any, mark: Mark) -> None:
     attending: dict[int, Any] = {}
     mixing: dict[int, Any] = {}
     for name, module in root.named_modules():
-        family, part = part_of(module) or ("", "")
+        family, part = part_of(module)
         if part == "Attention":
             why, found, what = _attention_obstacle(module), attending, "our attention"
         elif (family, part) == ("qwen3_moe", "Experts"):
@@ -236,7 +236,7 @@ def _set_functions(model: Any, root: Any, mark: Mark) -> None:
         config_of: Any = getattr(module, "config", None)
         before = next((before for own, before, _ in mark.configs if own is config_of), None)
         attends = before is not None and config_of._attn_implementation == NAME
-        if attends and (part_of(module) or ("", ""))[1] in BODIES and _replaced(module) is None:
+        if attends and part_of(module)[1] in BODIES and _replaced(module) is None:
             _put(module, body)
             setattr(module, BEFORE, before)
             mark.patched[name] = "gives attention weights, where asked for, by the function it had"
@@ -255,7 +255,7 @@ def _attention_obstacle(module: Any) -> str | None:
 
 
 def _patch_loss(root: Any, mark: Mark) -> None:
-    name = (part_of(root) or ("", ""))[1]
+    name = part_of(root)[1]
     if name not in HEADS or getattr(root.loss_function, "__name__", "") != "ForCausalLMLoss":
         return
     mark.own_loss = "_loss_function" not in root.__dict__

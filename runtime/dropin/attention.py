@@ -7,7 +7,6 @@ has the bits that it has alone. For all else (packed sequences, chunked attentio
 it is what transformers' own `sdpa` gets, and `sdpa` computes.
 """
 
-import importlib
 from typing import Any
 
 import torch
@@ -18,15 +17,7 @@ from ...kernels.functional import dense_attention
 from ...kernels.launch import DTYPES
 from ..errors import TritiumError
 from ..operations import DIFFERENTIABLE
-
-
-def theirs(module: str) -> Any:
-    """A module of `transformers`. Raises TritiumError where that is absent or too old to have it."""
-    try:
-        return importlib.import_module(f"transformers.{module}")
-    except ImportError as error:
-        raise TritiumError(f"needs transformers with {module}: pip install 'transformers>=5.17' ({error})") from None
-
+from .packages import theirs
 
 _masks = theirs("masking_utils")
 _imports = theirs("utils.import_utils")

@@ -6,7 +6,6 @@ changes a weight in place, an optimizer or a checkpoint, changes it for both. Wh
 and v of MobileLLM-R1 and Llama 4, whose rotation pairs neighbouring rows where ours pairs halves.
 """
 
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +20,7 @@ from ..quantisation import check_dense
 from ..registry import family_of_model_type, get_family
 from ..spec import DTYPES
 from ..weight_map import Piece, WeightMap
+from . import packages
 
 
 @torch.no_grad()
@@ -75,7 +75,7 @@ def to_transformers(decoder: Decoder) -> Any:
         raise TritiumError(f"{where}: the model has LoRA adapters: merge them first (tritium.merge_lora)")
     if decoder.exchange is not None:
         raise TritiumError(f"{where}: the model's layers are divided over processes; load it whole")
-    hf = _transformers(where)
+    hf = packages.theirs("models.auto")
     family = get_family(decoder.config.family)
     name = next((name for name, dtype in DTYPES.items() if dtype == decoder.dtype), None)
     if name is None:
@@ -198,10 +198,3 @@ def _make_buffers(model: Any, device: torch.device) -> None:
             setattr(module, name, torch.empty_like(buffer, device=device))
         if own:
             model._init_weights(module)
-
-
-def _transformers(where: str) -> Any:
-    try:
-        return importlib.import_module("transformers")
-    except ImportError:
-        raise TritiumError(f"{where}: needs transformers: pip install 'transformers>=5.17'") from None

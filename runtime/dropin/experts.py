@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...kernels.functional import combine, group, grouped_linear, grouped_swiglu
 from ...kernels.launch import DTYPES
-from .attention import theirs
+from .packages import theirs
 
 _moe = theirs("integrations.moe")
 

@@ -16,7 +16,7 @@ from ...kernels.functional import rms_norm
 from ...kernels.launch import DTYPES
 from ...kernels.rms_norm import WIDEST
 from ..errors import TritiumError
-from .attention import theirs
+from .packages import theirs
 
 
 class RMSNorm(nn.Module):

@@ -7,8 +7,8 @@ from one forward over packed sequences without padding, of whose logits only tho
 comes from the engine, whose tokens do not depend on what else is asked.
 """
 
-import importlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -17,26 +17,21 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..engine.engine import Engine
-from ..engine.request import Request
+from ..engine.prompts import Answer
 from ..errors import TritiumError
 from ..generation import AT_ONCE, SamplingOptions
 from ..loading import load
+from ..log_probs import log_probs_of
 from ..tokenizer import StreamDecoder
+from .packages import module_of
 
 NAME = "tritium"
 LOGIT_ROWS = 1024  # tokens whose logits stand in memory at one time
 
 
-def theirs(module: str) -> Any:
-    """A module of `lm_eval`. Raises TritiumError where that is absent."""
-    try:
-        return importlib.import_module(f"lm_eval.{module}")
-    except ImportError as error:
-        raise TritiumError(f"needs lm_eval with {module}: pip install 'lm_eval>=0.4.9' ({error})") from None
-
-
-_TemplateLM = theirs("api.model").TemplateLM
-_utils = theirs("utils")
+harness = partial(module_of, "lm_eval", "lm_eval>=0.4.9")
+_TemplateLM = harness("api.model").TemplateLM
+_utils = harness("utils")
 
 
 class TritiumLM(_TemplateLM):  # type: ignore[misc, valid-type]
@@ -166,8 +161,8 @@ class TritiumLM(_TemplateLM):  # type: ignore[misc, valid-type]
         head, kernels = self.model._bind_head(), self.model.kernels
         log_probs, greedy = [], []
         for rows, wanted in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
-            logits = kernels.norm_linear(rows, None, head)[1].float()
-            log_probs.append(logits.log_softmax(-1).gather(1, wanted.unsqueeze(1)).squeeze(1))
+            logits = kernels.norm_linear(rows, None, head)[1]
+            log_probs.append(log_probs_of(kernels, logits, wanted))
             greedy.append(logits.argmax(-1) == wanted)
         return torch.cat(log_probs).double().cpu(), torch.cat(greedy).cpu()
 
@@ -194,24 +189,19 @@ class TritiumLM(_TemplateLM):  # type: ignore[misc, valid-type]
         eos = self._special("eos_token")
         eos_ids = sorted({*self.tokenizer.eos_ids, *([] if eos is None else [eos])})
         engine = Engine(self.model, self.tokenizer, tokens=max(tokens, self.max_length), rows=min(self._rows or 64, 64))
-        decoders: dict[Request, StreamDecoder] = {}
-        pieces: dict[Request, list[str]] = {}
-        submitted = []
+        answers = []
         for request in requests:
             context, settings = request.args
             options, stops = _options(settings, self.max_gen_toks)
             if (room := self.max_length - options.max_new_tokens) < 1:
                 raise TritiumError(f"max_gen_toks: {options.max_new_tokens} leave no room in {self.max_length} tokens")
             prompt = self.tok_encode(context)[-room:] or [self.prefix_token_id]
-            mine = engine.submit(prompt, options, eos_ids=eos_ids)
-            submitted.append(mine)
-            decoders[mine], pieces[mine] = StreamDecoder(self.tokenizer, stops), []
+            submitted = engine.submit(prompt, options, eos_ids=eos_ids)
+            answers.append(Answer(submitted, StreamDecoder(self.tokenizer, stops)))
+        by_request = {answer.request: answer for answer in answers}
         for mine, token in engine.run():
-            if token not in mine.eos_ids:
-                pieces[mine].append(decoders[mine].add(token))
-                if decoders[mine].stopped:
-                    mine.cancel()
-        found = ["".join([*pieces[mine], decoders[mine].finish()]) for mine in submitted]
+            by_request[mine].add(token)
+        found = [answer.whole() for answer in answers]
         for request, text in zip(requests, found, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return found
@@ -244,7 +234,7 @@ def _options(settings: dict[str, Any], tokens: int) -> tuple[SamplingOptions, li
 
 def register() -> None:
     """Makes `--model tritium` known to `lm_eval`; harmless where it is already."""
-    registry = theirs("api.registry").model_registry
+    registry = harness("api.registry").model_registry
     if NAME not in registry:
         registry.register(NAME, target=f"{__package__}.lm_eval:TritiumLM")
 
@@ -252,7 +242,7 @@ def register() -> None:
 def main() -> None:
     """`lm_eval`'s command line, with our model."""
     register()
-    theirs("__main__").cli_evaluate()
+    harness("__main__").cli_evaluate()
 
 
 if __name__ == "__main__":

@@ -342,22 +342,22 @@ _FAMILIES = {  # transformers' module, its prefix, what its attention becomes
 KNOWN = "Qwen2, Qwen3, Qwen3-MoE, Llama, Llama 4 (text) and GPT-2"
 
 
-def part_of(module: nn.Module) -> tuple[str, str] | None:
-    """(family, part) of a module of this very class: ("qwen3", "Attention"). A subclass is another class."""
+def part_of(module: nn.Module) -> tuple[str, str]:
+    """(family, part) of a module of this very class: ("qwen3", "Attention"); ("", "") of any other, a subclass too."""
     cls = type(module)
     for family, (prefix, _) in _FAMILIES.items():
         if cls.__module__ == f"transformers.models.{family}.modeling_{family}":
             return family, cls.__name__.removeprefix(prefix if cls.__name__.startswith(prefix) else "Llama4")
-    return None
+    return "", ""
 
 
 def kind_of(module: nn.Module, parent: nn.Module | None = None) -> Kind | None:
     """How a module is patched, None of one that is not known. A LayerNorm is known by its parent."""
     if type(module) is nn.LayerNorm:
-        known = parent is not None and (part_of(parent) or ("",))[0] == "gpt2"
+        known = parent is not None and part_of(parent)[0] == "gpt2"
         return _LAYER_NORM if known else None
-    family, part = part_of(module) or ("gpt2", "")
-    if family == "gpt2":
+    family, part = part_of(module)
+    if family in ("", "gpt2"):
         return None
     kinds = {"RMSNorm": _RMS, "MLP": _MLP, "RotaryEmbedding": _ROTARY, "DecoderLayer": _LAYER}
     return kinds.get(part, _FAMILIES[family][1] if part == "Attention" else None)

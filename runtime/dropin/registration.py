@@ -1,7 +1,8 @@
 """What `transformers` is told of us: the name under which its models find our attention and our experts."""
 
-from .attention import attention_forward, mask, theirs
+from .attention import attention_forward, mask
 from .experts import experts_forward
+from .packages import theirs
 
 NAME = "tritium"
 

@@ -16,12 +16,10 @@ from torch import Tensor
 from ..accuracy import Errors, errors
 from ..errors import TritiumError
 from ..spec import DTYPES
-from ..verify import WHOLE_PATH
+from ..verify import WHOLE_FREE, WHOLE_PATH, first_difference, resolution
 from .accelerate import accelerate
-from .attention import theirs
 from .conversion import from_transformers
-
-RESOLUTION = 2.0**-20  # of the largest logit: what float32 norms and angles leave of the truth
+from .packages import theirs
 
 
 @dataclass
@@ -139,27 +137,26 @@ def _measure(
 
 def _judge(report: Report, truth: Tensor, loss: float, steps: Any) -> None:
     eager, *others = report.ways
-    free = RESOLUTION * truth.abs().max().item()
+    free = WHOLE_FREE * truth.abs().max().item()
     allowed = WHOLE_PATH * eager.logits.rms + free
     for way in others:
         if not way.logits.rms <= allowed:
             report.problems.append(f"{way.name}: logits: rms error {way.logits.rms:.3g}, allowed are {allowed:.3g}")
         # A loss moves by no more than its logits do.
-        room = max(WHOLE_PATH * abs(eager.loss - loss), allowed) + RESOLUTION * abs(loss)
+        room = max(WHOLE_PATH * abs(eager.loss - loss), allowed) + WHOLE_FREE * abs(loss)
         if not abs(way.loss - loss) <= room:
             report.problems.append(
                 f"{way.name}: loss {way.loss:.6f} is {abs(way.loss - loss):.3g} off, allowed {room:.3g}"
             )
         for row, (mine, plain) in enumerate(zip(way.tokens, eager.tokens, strict=True)):
-            at = next((i for i, pair in enumerate(zip(mine, plain, strict=True)) if pair[0] != pair[1]), None)
+            at = first_difference(mine, plain)
             if at is None:
                 continue
             logits = steps[at][row].double()
             margin = (logits[plain[at]] - logits[mine[at]]).item()
-            resolution = 16 * torch.finfo(steps[at].dtype).eps * logits.abs().max().item()
             what = f"greedy token {at} of row {row} is {mine[at]}, not {plain[at]}, {margin:.3g} ahead in eager"
             text = f"{way.name}: {what}"
-            (report.problems if margin > resolution else report.notes).append(text)
+            (report.problems if margin > resolution(logits, steps[at].dtype) else report.notes).append(text)
 
 
 def table(report: Report) -> str:

@@ -252,7 +252,7 @@ class Engine:
     def _decode(self, decoding: Sequence[Job], waits: bool) -> None:
         """A round of steps: of one, where prompts wait to go on."""
         count = 1 if waits else min(self._rounds.ahead, max(job.left for job in decoding))
-        count = min(count, *(self._cache.capacity - job.held for job in decoding), count)
+        count = min(count, *(self._cache.capacity - job.held for job in decoding))
         jobs = self._scheduler.grow(count)
         for job in jobs:
             self._placed(job)

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from ..errors import TritiumError, nearest
 from ..files import read_text
 from ..generation import SamplingOptions
-from ..text import TextGenerator
+from ..text import ANSWER, CONTINUATION, TextGenerator
 from ..tokenizer import StreamDecoder
 from .engine import Engine
 from .request import Request
@@ -19,8 +19,8 @@ SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
 KEYS = ("prompt", "messages", *SAMPLING)
 
 
-def read_prompts(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """(number of the line, what it holds) of every line that is not empty.
+def read_prompts(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(where it stands, what it holds) of every line that is not empty.
 
     Raises TritiumError, with the line's number, for what is no JSON object of the keys above with one prompt.
     """
@@ -45,7 +45,7 @@ def read_prompts(path: Path) -> list[tuple[int, dict[str, Any]]]:
         messages = value.get("messages", [{}])
         if not (isinstance(messages, list) and messages and all(isinstance(one, dict) for one in messages)):
             raise TritiumError(f"{where}: messages must be a list of objects with role and content")
-        found.append((number, value))
+        found.append((where, value))
     if not found:
         raise TritiumError(f'{path}: holds no prompts; a line is such as {{"prompt": "..."}}')
     return found
@@ -65,24 +65,32 @@ class Answer:
         if self.decoder.stopped:
             self.request.cancel()
 
-    def as_dict(self, index: int) -> dict[str, Any]:
-        """What is written of it. Raises what the request ended with as an error."""
+    def whole(self) -> str:
+        """The text, once no more tokens come. Raises what the request ended with as an error."""
         if self.request.error is not None:
             raise self.request.error
+        return self.text + self.decoder.finish()
+
+    def as_dict(self, index: int) -> dict[str, Any]:
+        """What is written of it. Raises what the request ended with as an error."""
         reason = "stop" if self.decoder.stopped else self.request.reason
-        text = self.text + self.decoder.finish()
-        return {"index": index, "text": text, "reason": reason, "tokens": len(self.request.tokens)}
+        return {"index": index, "text": self.whole(), "reason": reason, "tokens": len(self.request.tokens)}
 
 
 def submit(
-    engine: Engine, generator: TextGenerator, path: Path, usual: Mapping[str, Any], stop: Sequence[str] = ()
+    engine: Engine,
+    generator: TextGenerator,
+    lines: Sequence[tuple[str, Mapping[str, Any]]],
+    usual: Mapping[str, Any],
+    stop: Sequence[str] = (),
 ) -> list[Answer]:
-    """The answer to come to each line, options that it leaves out as in `usual`, whose seed counts up by the line.
+    """The answer to come to each line of `read_prompts`, options that it leaves out as in `usual`, whose seed counts up
+    by the line.
 
     Raises TritiumError, with the line's number, before anything runs.
     """
     answers = []
-    for index, (number, line) in enumerate(read_prompts(path)):
+    for index, (where, line) in enumerate(lines):
         given = {name: line.get(name, usual.get(name)) for name in SAMPLING}
         if given["seed"] is not None and "seed" not in line:
             given["seed"] += index
@@ -90,7 +98,7 @@ def submit(
         try:
             answers.append(Answer(engine.submit(*_question(generator, line, given)), decoder))
         except TritiumError as error:
-            raise TritiumError(f"{path}: line {number}: {error}") from None
+            raise TritiumError(f"{where}: {error}") from None
     return answers
 
 
@@ -100,9 +108,7 @@ def _question(
     """As `TextGenerator.generate` and `chat` have it."""
     talks = "messages" in line
     tokens = generator.tokenizer.encode_chat(line["messages"]) if talks else generator.tokenizer.encode(line["prompt"])
-    left = generator.model.config.context_length - len(tokens)
-    limit = given["max_new_tokens"]
-    limit = max(1, min(512 if talks else 100, left)) if limit is None else limit
+    limit = generator.limit(given["max_new_tokens"], ANSWER if talks else CONTINUATION, tokens)
     return tokens, generator.options(limit, *(given[name] for name in SAMPLING[1:]))
 
 

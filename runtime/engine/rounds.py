@@ -18,6 +18,7 @@ from ...kernels.sampling import philox_uniform_reference
 from ..batch import Batch
 from ..decoding import AHEAD, bucket
 from ..kv_cache import PAGE_SIZE, KVCache
+from ..log_probs import choose
 from ..plan import Plan
 from ..steps import Choice, Steps
 from .request import Job
@@ -40,16 +41,19 @@ def uniforms(jobs: Sequence[Job], count: int) -> Tensor:
 
 def chosen(model: "Decoder", logits: Tensor, jobs: Sequence[Job], vocabulary: int | None) -> list[int]:
     """The next token of each job, after logits [jobs, V]: by the kernels that a prompt's first token is chosen by."""
-    if vocabulary is not None and vocabulary < logits.shape[1]:
-        logits[:, vocabulary:] = float("-inf")
-    found = [0] * len(jobs)
-    for choice in choices_of(jobs):
-        which = [index for index, job in enumerate(jobs) if job.choice == choice]
-        rows = logits if len(which) == len(jobs) else logits[which]
-        drawn = uniforms([jobs[index] for index in which], 1).squeeze(1).to(logits.device) if choice[0] > 0 else None
-        for index, token in zip(which, model.kernels.sample(rows, *choice, drawn).tolist(), strict=True):
-            found[index] = token
-    return found
+    kernels = model.kernels
+
+    def sample(limited: Tensor) -> Tensor:
+        found = torch.empty(len(jobs), dtype=torch.int64, device=limited.device)
+        for choice in choices_of(jobs):
+            which = [index for index, job in enumerate(jobs) if job.choice == choice]
+            rows = limited if len(which) == len(jobs) else limited[which]
+            drawn = uniforms([jobs[i] for i in which], 1).squeeze(1).to(limited.device) if choice[0] > 0 else None
+            found[which] = kernels.sample(rows, *choice, drawn)
+        return found
+
+    tokens: list[int] = choose(kernels, logits, sample, vocabulary, scored=False)[0].tolist()
+    return tokens
 
 
 def width_for(rows: int) -> int:
@@ -110,14 +114,15 @@ class _State(Steps):
             super().step()
             return
         logits = self._repeat(self._logits)  # what follows is not captured: choices change from round to round
-        sampled = self._sample(logits, self._choices[0])
-        for index, choice in enumerate(self._choices[1:], start=1):
-            sampled = torch.where(self._which == index, self._sample(logits, choice), sampled)
-        self._advance(sampled)
+        self._advance(choose(self.model.kernels, logits, self._sample, self._limit, scored=False)[0])
         self._longest += 1
 
-    def _sample(self, logits: Tensor, choice: Choice) -> Tensor:
-        return self.model.kernels.sample(logits, *choice, self._uniform)
+    def _sample(self, logits: Tensor) -> Tensor:
+        """Each row by its own choice."""
+        first, *others = (self.model.kernels.sample(logits, *choice, self._uniform) for choice in self._choices)
+        for index, sampled in enumerate(others, start=1):
+            first = torch.where(self._which == index, sampled, first)
+        return first
 
 
 class DeviceRounds:

@@ -95,7 +95,7 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str], monkeypat
     assert out.count("6 (the same)") == 2
     assert out.endswith("Accelerated, and as our decoder, it is right.\n")
     monkeypatch.setattr(verify, "WHOLE_PATH", 1e-9)
-    monkeypatch.setattr(verify, "RESOLUTION", 1e-12)
+    monkeypatch.setattr(verify, "WHOLE_FREE", 1e-12)
     assert cli.main(command) == 1
     assert "wrong: " in capsys.readouterr().out
 

@@ -33,7 +33,7 @@ def file_of(folder: Path, *lines: Any) -> Path:
 
 def answers(generator: TextGenerator, path: Path, *how: Any, **usual: Any) -> list[dict[str, Any]]:
     out, engine = io.StringIO(), Engine(generator.model, generator.tokenizer, tokens=1000)
-    took = write(engine, submit(engine, generator, path, usual, *how), out)
+    took = write(engine, submit(engine, generator, read_prompts(path), usual, *how), out)
     found = [json.loads(line) for line in out.getvalue().splitlines()]
     assert took.startswith(f"{len(found)} prompts, {sum(one['tokens'] for one in found)} new tokens, ")
     return found
@@ -94,7 +94,7 @@ def test_a_bad_line_is_named(generator: TextGenerator, tmp_path: Path, line: Any
     """Before anything runs."""
     path, engine = file_of(tmp_path, {"prompt": "a"}, line), Engine(generator.model, generator.tokenizer, tokens=1000)
     with pytest.raises(TritiumError, match=f"prompts.jsonl: {message}") as caught:
-        submit(engine, generator, path, {})
+        submit(engine, generator, read_prompts(path), {})
     assert "\n" not in str(caught.value)
 
 
